@@ -1,0 +1,259 @@
+"""Sizes of a Vision Transformer and of the sub-networks cut from it."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+
+_SIZES = {  # name: width, depth, num_heads, mlp_dim
+    "Ti": (192, 12, 3, 768),
+    "S": (384, 12, 6, 1536),
+    "B": (768, 12, 12, 3072),
+    "L": (1024, 24, 16, 4096),
+    "H": (1280, 32, 16, 5120),
+}
+_CHOICES = {
+    "pool": ("token", "avg"),
+    "gelu": ("exact", "tanh"),
+    "interpolation": ("bicubic", "bilinear"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTSpec:
+    """Everything that fixes the function of a full ViT but its parameters.
+
+    Sizes are counts; `image_size` and `patch_size` are pixels of a square image.
+    `head_dim` defaults to `width / num_heads`.
+
+    Attributes:
+      pool: what the head reads: the class token (`token`) or the mean of the patch
+        tokens (`avg`).
+      class_token, distilled, registers: tokens in front of the patches, in the order
+        class, distillation, registers. A distilled network has a second head and its
+        logits are the mean of both.
+      pos_embed_prefix: whether those tokens have position embeddings too.
+      pre_logits: width of a tanh layer before the head, 0 for none.
+      pre_norm: LayerNorm between the embedding and the first block.
+      fc_norm: the last LayerNorm acts on the pooled feature, not on the tokens.
+      norm_eps: LayerNorm epsilon.
+      mean, std: the image normalisation the parameters were trained with, of pixels
+        scaled to [0, 1].
+      crop_fraction: evaluation resizes the short side to `image_size /
+        crop_fraction` and takes the central square.
+
+    Raises:
+      ValueError: if a size is not possible; the message says which and why.
+    """
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    num_classes: int
+    head_dim: int = 0
+    in_channels: int = 3
+    pool: str = "token"
+    class_token: bool = True
+    distilled: bool = False
+    registers: int = 0
+    pos_embed_prefix: bool = True
+    pre_logits: int = 0
+    qkv_bias: bool = True
+    layer_scale: bool = False
+    pre_norm: bool = False
+    fc_norm: bool = False
+    gelu: str = "exact"
+    norm_eps: float = 1e-6
+    mean: tuple[float, ...] = HALF
+    std: tuple[float, ...] = HALF
+    crop_fraction: float = 0.9
+    interpolation: str = "bicubic"
+
+    def __post_init__(self):
+        if not self.head_dim:
+            if self.num_heads < 1 or self.width % self.num_heads:
+                raise ValueError(
+                    f"num_heads = {self.num_heads} does not divide width = "
+                    f"{self.width}: choose a divisor, or give head_dim."
+                )
+            object.__setattr__(self, "head_dim", self.width // self.num_heads)
+        for name in ("mean", "std"):  # JSON hands lists back
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
+        self._check()
+
+    def _check(self):
+        for name in (
+            *("image_size", "patch_size", "width", "depth", "num_heads", "head_dim"),
+            *("mlp_dim", "in_channels"),
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1.")
+        for name in ("num_classes", "registers", "pre_logits"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)} must not be negative."
+                )
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)!r}: choose one of {allowed}."
+                )
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"patch_size = {self.patch_size} does not divide image_size = "
+                f"{self.image_size}."
+            )
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.in_channels:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)} needs one number for each of "
+                    f"the {self.in_channels} channels."
+                )
+        if min(self.std) <= 0 or not 0 < self.crop_fraction <= 1:
+            raise ValueError(
+                f"std = {self.std} must be positive and crop_fraction = "
+                f"{self.crop_fraction} in (0, 1]."
+            )
+        if self.pool == "token" and not self.class_token:
+            raise ValueError("pool = 'token' needs class_token = True; or use 'avg'.")
+        if self.distilled and self.pool != "token":
+            raise ValueError("a distilled network reads its tokens: pool = 'token'.")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens in front of the patches."""
+        return self.class_token + self.distilled + self.registers
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in every block, N."""
+        return self.grid**2 + self.num_prefix
+
+    def replace(self, **changes: Any) -> "ViTSpec":
+        """This spec with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as JSON can hold them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "ViTSpec":
+        """The inverse of `to_dict`; unknown or missing fields are errors."""
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        surplus = sorted(set(fields) - set(known))
+        missing = [
+            name
+            for name, f in known.items()
+            if f.default is dataclasses.MISSING and name not in fields
+        ]
+        if surplus or missing:
+            raise ValueError(
+                f"not a ViTSpec: unknown fields {surplus}, missing fields {missing}."
+            )
+        for name, value in fields.items():
+            wanted = known[name].type
+            if wanted is float and isinstance(value, int):
+                continue
+            if wanted in (int, float, str, bool) and type(value) is not wanted:
+                raise ValueError(
+                    f"not a ViTSpec: {name} = {value!r} should be {wanted.__name__}."
+                )
+        return cls(**fields)
+
+    @classmethod
+    def named(
+        cls, name: str, *, image_size: int = 224, num_classes: int = 1000
+    ) -> "ViTSpec":
+        """A published size, such as `Ti/16`, `B/32` or `H/14`.
+
+        Args:
+          name: one of Ti, S, B, L, H, a slash, and the patch size in pixels.
+          image_size: pixels.
+          num_classes: of the head; 0 for a backbone without one.
+
+        Returns:
+          The plain ViT of that size, class token, biases, no extras.
+
+        Raises:
+          ValueError: if the name is not known; the message lists what is.
+        """
+        size, _, patch = name.partition("/")
+        if size not in _SIZES or not patch.isdigit():
+            raise ValueError(
+                f"unknown variant {name!r}: write size/patch, size one of "
+                f"{', '.join(_SIZES)}, for example Ti/16."
+            )
+        width, depth, num_heads, mlp_dim = _SIZES[size]
+        return cls(
+            image_size=image_size,
+            patch_size=int(patch),
+            width=width,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_dim=mlp_dim,
+            num_classes=num_classes,
+        )
+
+
+class SubnetSpec(NamedTuple):
+    """Widths of a sub-network: kept dims of every branch, one entry a block.
+
+    The same nouns serve as static sizes (tuples of ints, hashable) and as traced data
+    (integer arrays [..., L]); a NamedTuple is both without importing jax.
+
+    Attributes:
+      qk_dim: kept dims of queries and keys in every head; 0 removes attention.
+      vo_dim: kept dims of values and out in every head; 0 with `qk_dim` only.
+      mlp_dim: kept hidden units; 0 removes the MLP.
+    """
+
+    qk_dim: Any
+    vo_dim: Any
+    mlp_dim: Any
+
+    @classmethod
+    def uniform(cls, spec: ViTSpec, qk_dim: int, vo_dim: int, mlp_dim: int):
+        """The same widths in every block."""
+        return cls(*((w,) * spec.depth for w in (qk_dim, vo_dim, mlp_dim))).check(spec)
+
+    @classmethod
+    def full(cls, spec: ViTSpec) -> "SubnetSpec":
+        """The widths of the whole network."""
+        return cls.uniform(spec, spec.head_dim, spec.head_dim, spec.mlp_dim)
+
+    def check(self, spec: ViTSpec) -> "SubnetSpec":
+        """Returns these widths as tuples of ints.
+
+        Raises:
+          ValueError: if they do not fit `spec`; the message names the block.
+        """
+        full = (spec.head_dim, spec.head_dim, spec.mlp_dim)
+        widths = SubnetSpec(*(tuple(int(w) for w in field) for field in self))
+        for name, field, most in zip(self._fields, widths, full):
+            if len(field) != spec.depth:
+                raise ValueError(
+                    f"{name} has {len(field)} entries, the network {spec.depth} blocks."
+                )
+            for block, w in enumerate(field):
+                if not 0 <= w <= most:
+                    raise ValueError(
+                        f"{name} = {w} in block {block}: must be 0 to {most}."
+                    )
+        for block, (qk, vo) in enumerate(zip(widths.qk_dim, widths.vo_dim)):
+            if (qk == 0) != (vo == 0):
+                raise ValueError(
+                    f"block {block}: qk_dim = {qk}, vo_dim = {vo}; attention is "
+                    "removed by both being 0, and kept by neither."
+                )
+        return widths

@@ -1,0 +1,297 @@
+"""Streaming sums of features and their gradients: one pass, whatever its batches.
+
+For a feature f (queries, keys, values, hidden units) and g = dC/df, the cost summed
+over images, one backward pass leaves every sum the contraction needs (Li et al., AAAI
+2026, "WPAC"). The sums are computed *by* that pass: each tap is an identity whose
+derivative with respect to a dummy accumulator is the sum, so no gradient of a feature
+outlives its layer and memory does not grow with the number of images.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flax_skd.method.spec import ViTSpec
+from flax_skd.method.vit import Array, Params, ViT
+
+SITES = ("query", "key", "value", "hidden")
+HIGHEST = jax.lax.Precision.HIGHEST
+
+WEIGHTINGS: dict[str, Callable[[Array, Array], Array]] = {
+    # weight of a token of a head [B, H, N] from f, g [B, H, N, d]
+    "taylor": lambda f, g: jnp.abs(f * g).mean(-1),
+    "plain": lambda f, g: jnp.ones(f.shape[:-1], f.dtype),
+}
+
+
+class Moments(NamedTuple):
+    """Sums under one token weighting w, of features about the pilot mean.
+
+    Attributes:
+      weight: sum of w, [H].
+      first: sum of w f, [H, d].
+      second: sum of w f^T f, [H, d, d].
+    """
+
+    weight: Array
+    first: Array
+    second: Array
+
+
+class FeatureSums(NamedTuple):
+    """Sums of one feature over all tokens of all images; H = 1 for hidden units.
+
+    Attributes:
+      first: sum of f about the pilot mean, [H, d].
+      square: sum of f^2 about the pilot mean, [H, d].
+      taylor1: sum of |g f|, [H, d].
+      taylor2: sum of (g f)^2 / 2, [H, d].
+      moments: `Moments` by weighting name; empty for hidden units.
+    """
+
+    first: Array
+    square: Array
+    taylor1: Array
+    taylor2: Array
+    moments: dict[str, Moments]
+
+
+class Statistics(NamedTuple):
+    """What a calibration pass leaves behind.
+
+    Attributes:
+      images: number of images seen, [].
+      tokens: tokens an image, int.
+      pilot: one dict a block, site -> [H, d]: the mean the sums are taken about.
+      sums: one dict a block, site -> `FeatureSums`.
+    """
+
+    images: Array
+    tokens: int
+    pilot: tuple[dict[str, Array], ...]
+    sums: tuple[dict[str, FeatureSums], ...]
+
+    def mean(self, block: int, site: str) -> Array:
+        """Plain mean of a feature over all tokens, [H, d]."""
+        count = self.images * self.tokens
+        return self.pilot[block][site] + self.sums[block][site].first / count
+
+    def covariance(self, block: int, site: str, weighting: str) -> Array:
+        """sum_t w_t (f_t - mu)^T (f_t - mu), [H, d, d], mu the plain mean.
+
+        Raises:
+          ValueError: if the pass did not collect this weighting.
+        """
+        sums = self.sums[block][site]
+        if weighting not in sums.moments:
+            raise ValueError(
+                f"the statistics hold no {weighting!r} moments of {site}, only "
+                f"{sorted(sums.moments)}: collect them with weightings=({weighting!r},)."
+            )
+        moment = sums.moments[weighting]
+        mean = sums.first / (self.images * self.tokens)
+        cross = jnp.einsum("hd,he->hde", mean, moment.first, precision=HIGHEST)
+        shift = jnp.einsum("h,hd,he->hde", moment.weight, mean, mean, precision=HIGHEST)
+        return moment.second - cross - cross.swapaxes(1, 2) + shift
+
+
+def _heads(feature: Array) -> Array:
+    """[B, H, N, d] as it is, hidden units [B, N, M] with one head; float32."""
+    if feature.ndim == 3:
+        feature = feature[:, None]
+    return feature.astype(jnp.float32)
+
+
+def _sums_of(
+    feature: Array,
+    gradient: Array,
+    pilot: Array,
+    live: Array,
+    weightings: Iterable[str],
+) -> FeatureSums:
+    f, g = _heads(feature), _heads(gradient)
+    live = live.reshape(-1, 1, 1)
+    centred = f - pilot[None, :, None]
+    present = centred * live[..., None]
+    moments = {}
+    for name in weightings:
+        weight = WEIGHTINGS[name](f, g) * live
+        weighted = weight[..., None] * centred
+        moments[name] = Moments(
+            weight.sum((0, 2)),
+            weighted.sum((0, 2)),
+            jnp.einsum("bhnd,bhne->hde", weighted, centred, precision=HIGHEST),
+        )
+    # g is zero for a padded example: the cost does not see it.
+    return FeatureSums(
+        first=present.sum((0, 2)),
+        square=(present * centred).sum((0, 2)),
+        taylor1=jnp.abs(f * g).sum((0, 2)),
+        taylor2=jnp.square(f * g).sum((0, 2)) / 2,
+        moments=moments,
+    )
+
+
+@jax.custom_vjp
+def _observe(feature, sums, pilot, live):
+    """`feature`, unchanged; the cotangent of `sums` is the sums of this batch."""
+    del sums, pilot, live
+    return feature
+
+
+def _observe_forward(feature, sums, pilot, live):
+    return feature, (feature, pilot, live, sums.moments)
+
+
+def _observe_backward(saved, gradient):
+    feature, pilot, live, moments = saved
+    sums = _sums_of(feature, gradient, pilot, live, moments)
+    return gradient, sums, jnp.zeros_like(pilot), jnp.zeros_like(live)
+
+
+_observe.defvjp(_observe_forward, _observe_backward)
+
+
+def _zeros(spec: ViTSpec, weightings: tuple[str, ...]) -> dict[str, FeatureSums]:
+    """Accumulators of one block."""
+
+    def site(heads, size, names):
+        moments = {
+            name: Moments(
+                jnp.zeros(heads),
+                jnp.zeros((heads, size)),
+                jnp.zeros((heads, size, size)),
+            )
+            for name in names
+        }
+        return FeatureSums(*(jnp.zeros((heads, size)) for _ in range(4)), moments)
+
+    head = functools.partial(site, spec.num_heads, spec.head_dim, weightings)
+    return {
+        "query": head(),
+        "key": head(),
+        "value": head(),
+        "hidden": site(1, spec.mlp_dim, ()),
+    }
+
+
+def pilot_means(model: ViT, params: Params, batch: dict[str, Array]):
+    """Mean of every feature over one batch, the point the sums are taken about.
+
+    Returns:
+      One dict a block, site -> [H, d] float32.
+    """
+    live = batch["weight"]
+    found = [{} for _ in range(model.spec.depth)]
+
+    def tap(block, name, feature):
+        f = _heads(feature) * live.reshape(-1, 1, 1, 1)
+        # An all-padding batch has no mean: zero is as good a point as any.
+        count = jnp.maximum(live.sum(), 1) * f.shape[2]
+        found[block][name] = f.sum((0, 2)) / count
+        return feature
+
+    model.apply({"params": params}, batch["image"], taps=tap)
+    return tuple(found)
+
+
+def batch_sums(
+    model: ViT,
+    params: Params,
+    batch: dict[str, Array],
+    pilot: tuple[dict[str, Array], ...],
+    *,
+    cost: Callable[[Array, Array], Array],
+    weightings: tuple[str, ...] = ("taylor",),
+) -> tuple[dict[str, FeatureSums], ...]:
+    """The sums of one batch, by one forward and one backward pass.
+
+    Args:
+      model: the full network.
+      params: its parameters.
+      batch: `image` [B, S, S, C], `label` [B], `weight` [B], 0 for padding.
+      pilot: of `pilot_means`.
+      cost: function (logits, labels) -> [B], such as those of `losses.COSTS`.
+      weightings: which second moments of heads to collect.
+
+    Returns:
+      One dict a block, site -> `FeatureSums`.
+    """
+    live = batch["weight"]
+
+    def total(zeros):
+        def tap(block, name, feature):
+            return _observe(feature, zeros[block][name], pilot[block][name], live)
+
+        logits = model.apply({"params": params}, batch["image"], taps=tap)
+        return jnp.sum(cost(logits, batch["label"]) * live)
+
+    zeros = tuple(_zeros(model.spec, weightings) for _ in range(model.spec.depth))
+    return jax.grad(total)(zeros)
+
+
+def collect(
+    model: ViT,
+    params: Params,
+    batches: Iterable[dict[str, Any]],
+    *,
+    cost: Callable[[Array, Array], Array],
+    weightings: tuple[str, ...] = ("taylor",),
+) -> Statistics:
+    """Sums over all batches, in one jitted pass.
+
+    The result does not depend on the batch size, nor on how many devices the batches
+    are sharded over, but for rounding.
+
+    Args:
+      model, params, cost, weightings: as in `batch_sums`.
+      batches: dicts of arrays, all of one shape; global arrays if there is a mesh.
+
+    Raises:
+      ValueError: if there is no batch, or a sum is not finite (the block is named).
+    """
+    add_batch = jax.jit(
+        functools.partial(_add_batch, model, cost=cost, weightings=weightings),
+        donate_argnums=0,
+    )
+    total = pilot = None
+    for batch in batches:
+        if total is None:
+            pilot = jax.jit(functools.partial(pilot_means, model))(params, batch)
+            zeros = tuple(_zeros(model.spec, weightings) for _ in pilot)
+            total = (jnp.zeros(()), zeros)
+        total = add_batch(total, params, batch, pilot)
+    if total is None:
+        raise ValueError("no calibration images: the source of batches is empty.")
+    statistics = Statistics(total[0], model.spec.num_tokens, pilot, total[1])
+    check_finite(statistics)
+    return statistics
+
+
+def _add_batch(model, total, params, batch, pilot, *, cost, weightings):
+    images, sums = total
+    fresh = batch_sums(model, params, batch, pilot, cost=cost, weightings=weightings)
+    return images + batch["weight"].sum(), jax.tree.map(jnp.add, sums, fresh)
+
+
+def check_finite(statistics: Statistics) -> None:
+    """Raises ValueError naming the first block and feature that is not finite."""
+    finite = jax.device_get(
+        jax.tree.map(lambda x: jnp.isfinite(x).all(), statistics.sums)
+    )
+    # Features first: a bad one spoils every gradient before it as well.
+    for what, leaves in (
+        ("values", lambda sums: [sums.first]),
+        ("gradients", jax.tree.leaves),
+    ):
+        for index, block in enumerate(finite):
+            for site in SITES:
+                if not all(leaves(block[site])):
+                    raise ValueError(
+                        f"the {what} of {site} in block {index} are not finite on the "
+                        "calibration images: look for NaN or inf in the parameters "
+                        "there or before it and in the images, or use float32."
+                    )

@@ -1,0 +1,108 @@
+"""The two faces of one sub-network: masks on the full one, and extracted slices."""
+
+import jax
+import jax.numpy as jnp
+
+from flax_skd.method.spec import SubnetSpec, ViTSpec
+from flax_skd.method.vit import BlockMasks, Params
+
+
+def masks(spec: ViTSpec, widths: SubnetSpec) -> tuple[BlockMasks, ...]:
+    """Masks under which the full network computes what the sub-network computes.
+
+    Args:
+      spec: the full network.
+      widths: integer arrays or tuples [..., L]; traced values are welcome, and a
+        leading axis [B, L] gives every example its own sub-network.
+
+    Returns:
+      One `BlockMasks` a block, float32.
+    """
+    qk, vo, mlp = (jnp.asarray(w, jnp.int32) for w in widths)
+
+    def prefix(width, size):
+        dims = jnp.arange(size).reshape((1,) * width.ndim + (size,))
+        return (dims < width[..., None]).astype(jnp.float32)
+
+    return tuple(
+        BlockMasks(
+            prefix(qk[..., i], spec.head_dim),
+            prefix(vo[..., i], spec.head_dim),
+            prefix(mlp[..., i], spec.mlp_dim),
+            (vo[..., i] > 0).astype(jnp.float32),
+            (mlp[..., i] > 0).astype(jnp.float32),
+        )
+        for i in range(spec.depth)
+    )
+
+
+def extract(params: Params, widths: SubnetSpec) -> Params:
+    """The parameters of a sub-network: prefix slices, no arithmetic.
+
+    Args:
+      params: of the full network or of any larger sub-network.
+      widths: tuples of ints, at most the widths `params` has.
+
+    Returns:
+      A new tree; a removed branch takes its LayerNorm and LayerScale with it.
+
+    Raises:
+      ValueError: if `params` is narrower than asked; the message names the block.
+    """
+    out = {k: v for k, v in params.items() if not k.startswith("block_")}
+    for i, (qk, vo, mlp) in enumerate(zip(*widths)):
+        block = params[f"block_{i}"]
+        _check_widths(block, i, qk, vo, mlp)
+        kept = {}
+        if vo:
+            kept |= _branch(block, "attn", 1, _cut_attention(block["attn"], qk, vo))
+        if mlp:
+            kept |= _branch(block, "mlp", 2, _cut_mlp(block["mlp"], mlp))
+        if kept:
+            out[f"block_{i}"] = kept
+    return out
+
+
+def _branch(block: Params, name: str, number: int, cut: Params) -> Params:
+    beside = (f"norm{number}", f"layer_scale{number}")
+    return {name: cut, **{k: block[k] for k in beside if k in block}}
+
+
+def _cut_attention(attn: Params, qk: int, vo: int) -> Params:
+    width = {"query": qk, "key": qk, "value": vo}
+    cut = {
+        name: jax.tree.map(lambda x, w=w: x[..., :w], attn[name])
+        for name, w in width.items()
+    }
+    return {**cut, "out": {**attn["out"], "kernel": attn["out"]["kernel"][:, :vo]}}
+
+
+def _cut_mlp(mlp: Params, width: int) -> Params:
+    return {
+        "fc1": jax.tree.map(lambda x: x[..., :width], mlp["fc1"]),
+        "fc2": {**mlp["fc2"], "kernel": mlp["fc2"]["kernel"][:width]},
+    }
+
+
+def _check_widths(block: Params, index: int, qk: int, vo: int, mlp: int) -> None:
+    have = widths_of_block(block)
+    for name, w, most in zip(SubnetSpec._fields, (qk, vo, mlp), have):
+        if w > most:
+            raise ValueError(
+                f"{name} = {w} in block {index}, but the parameters hold {most}: "
+                "extract from a network at least that wide."
+            )
+
+
+def widths_of_block(block: Params) -> tuple[int, int, int]:
+    """(qk_dim, vo_dim, mlp_dim) that the parameters of one block hold."""
+    qk = block["attn"]["query"]["kernel"].shape[-1] if "attn" in block else 0
+    vo = block["attn"]["value"]["kernel"].shape[-1] if "attn" in block else 0
+    mlp = block["mlp"]["fc1"]["kernel"].shape[-1] if "mlp" in block else 0
+    return qk, vo, mlp
+
+
+def widths_of(params: Params, spec: ViTSpec) -> SubnetSpec:
+    """The widths that a parameter tree holds, full or extracted."""
+    blocks = [widths_of_block(params.get(f"block_{i}", {})) for i in range(spec.depth)]
+    return SubnetSpec(*zip(*blocks)).check(spec)

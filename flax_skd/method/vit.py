@@ -1,0 +1,358 @@
+"""The one Vision Transformer: full, masked or extracted, by data alone."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flax_skd.method.spec import SubnetSpec, ViTSpec
+
+Array = jax.Array
+Params = dict[str, Any]
+Taps = Callable[[int, str, Array], Array]
+
+_kernel_init = nn.initializers.variance_scaling
+_embed_init = nn.initializers.normal(0.02)
+
+
+class BlockMasks(NamedTuple):
+    """Multipliers of one block, shared ([d]) or one row an example ([B, d]).
+
+    Attributes:
+      qk: [d] or [B, d], of the dims of queries (and so of keys) in every head.
+      vo: [d] or [B, d], of the dims of values in every head.
+      mlp: [M] or [B, M], of the hidden units after the nonlinearity.
+      attn_gate, mlp_gate: [] or [B], of what the branch adds to the residual stream;
+        0 also silences the branch's biases. Stochastic depth is a random gate.
+    """
+
+    qk: Array
+    vo: Array
+    mlp: Array
+    attn_gate: Array
+    mlp_gate: Array
+
+
+def einsum_attention(q: Array, k: Array, v: Array, scale: float) -> Array:
+    """softmax(scale q k^T) v, the reference attention.
+
+    Args:
+      q, k: [B, H, N, qk_dim].
+      v: [B, H, N, vo_dim].
+      scale: of the full head at every cut, `ViTSpec.head_dim ** -0.5`.
+
+    Returns:
+      [B, H, N, vo_dim]. The division by the softmax sum comes after the product with
+      v: it then touches N d numbers instead of N^2.
+    """
+    scores = jnp.einsum(
+        "bhqd,bhkd->bhqk", q * scale, k, preferred_element_type=jnp.float32
+    )
+    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    mixed = jnp.einsum(
+        "bhqk,bhkd->bhqd",
+        weights.astype(v.dtype),
+        v,
+        preferred_element_type=jnp.float32,
+    )
+    return (mixed / weights.sum(-1, keepdims=True)).astype(v.dtype)
+
+
+def dot_product_attention(q: Array, k: Array, v: Array, scale: float) -> Array:
+    """`einsum_attention` by `jax.nn.dot_product_attention`, for accelerators.
+
+    That function wants equal widths of q and v; the narrower is padded with zeros,
+    which changes nothing.
+    """
+    width = max(q.shape[-1], v.shape[-1])
+    q, k, padded_v = (
+        jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1]))).swapaxes(1, 2)
+        for x in (q, k, v)
+    )
+    mixed = jax.nn.dot_product_attention(q, k, padded_v, scale=scale)
+    return mixed.swapaxes(1, 2)[..., : v.shape[-1]]
+
+
+class Linear(nn.Module):
+    """einsum(equation, x, kernel), plus a bias along the axes the kernel makes."""
+
+    equation: str
+    shape: tuple[int, ...]
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    kernel_init: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        inputs, out = self.equation.split("->")
+        x_axes, kernel_axes = inputs.split(",")
+        made = [a for a in kernel_axes if a not in x_axes]
+        init = self.kernel_init or _kernel_init(
+            1.0,
+            "fan_in",
+            "truncated_normal",
+            in_axis=[i for i, a in enumerate(kernel_axes) if a not in made],
+            out_axis=[i for i, a in enumerate(kernel_axes) if a in made],
+        )
+        kernel = self.param("kernel", init, self.shape)
+        y = jnp.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            sizes = dict(zip(kernel_axes, self.shape))
+            bias = self.param(
+                "bias", nn.initializers.zeros, tuple(sizes[a] for a in made)
+            )
+            bias = bias.reshape([sizes[a] if a in made else 1 for a in out])
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+def _layer_norm(spec: ViTSpec, name: str) -> nn.LayerNorm:
+    # Statistics in float32, and the variance from centred values: E[x^2] - E[x]^2
+    # loses digits on the few residual channels with a large mean.
+    return nn.LayerNorm(
+        epsilon=spec.norm_eps, dtype=jnp.float32, use_fast_variance=False, name=name
+    )
+
+
+def _times(x: Array, mask: Array | None) -> Array:
+    """Multiplies the last axis of x by a mask of shape [d] or [B, d]."""
+    if mask is None:
+        return x
+    rows = mask.shape[:-1] or (1,)
+    shape = rows + (1,) * (x.ndim - 2) + mask.shape[-1:]
+    return x * mask.reshape(shape).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind its LayerNorm and added to its input."""
+
+    spec: ViTSpec
+    index: int
+    qk_dim: int
+    vo_dim: int
+    mlp_dim: int
+    dtype: Any
+    attention: Callable[..., Array]
+
+    @nn.compact
+    def __call__(
+        self, x: Array, masks: BlockMasks | None = None, taps: Taps | None = None
+    ) -> Array:
+        masks = masks or BlockMasks(*(None,) * 5)
+        tap = functools.partial(taps, self.index) if taps else lambda name, f: f
+        for branch, gate, number in (
+            (self._attn, masks.attn_gate, 1),
+            (self._mlp, masks.mlp_gate, 2),
+        ):
+            if not (self.qk_dim if number == 1 else self.mlp_dim):
+                continue
+            y = branch(_layer_norm(self.spec, f"norm{number}")(x), masks, tap)
+            if self.spec.layer_scale:
+                scale = self.param(
+                    f"layer_scale{number}", nn.initializers.ones, (self.spec.width,)
+                )
+                y = _times(y, scale)
+            x = x + (y if gate is None else _times(y, gate[..., None]))
+        return x
+
+    def _attn(self, x: Array, masks: BlockMasks, tap) -> Array:
+        heads = _Heads(
+            self.spec, self.qk_dim, self.vo_dim, self.dtype, self.attention, name="attn"
+        )
+        return heads(x, masks, tap)
+
+    def _mlp(self, x: Array, masks: BlockMasks, tap) -> Array:
+        return _MLP(self.spec, self.mlp_dim, self.dtype, name="mlp")(x, masks, tap)
+
+
+class _Heads(nn.Module):
+    spec: ViTSpec
+    qk_dim: int
+    vo_dim: int
+    dtype: Any
+    attention: Callable[..., Array]
+
+    @nn.compact
+    def __call__(self, x: Array, masks: BlockMasks, tap) -> Array:
+        spec = self.spec
+
+        def project(name, width):
+            shape = (spec.width, spec.num_heads, width)
+            linear = Linear(
+                "bnd,dhe->bhne", shape, spec.qkv_bias, self.dtype, name=name
+            )
+            return tap(name, linear(x))
+
+        q = _times(project("query", self.qk_dim), masks.qk)
+        k = project("key", self.qk_dim)
+        v = _times(project("value", self.vo_dim), masks.vo)
+        # The scale is the full head's: a cut head is a part of it, not another head.
+        z = self.attention(q, k, v, spec.head_dim**-0.5)
+        shape = (spec.num_heads, self.vo_dim, spec.width)
+        return Linear("bhne,hed->bnd", shape, dtype=self.dtype, name="out")(z)
+
+
+class _MLP(nn.Module):
+    spec: ViTSpec
+    mlp_dim: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, masks: BlockMasks, tap) -> Array:
+        width = self.spec.width
+        fc1 = Linear("bnd,dm->bnm", (width, self.mlp_dim), dtype=self.dtype, name="fc1")
+        hidden = nn.gelu(fc1(x), approximate=self.spec.gelu == "tanh")
+        hidden = _times(tap("hidden", hidden), masks.mlp)
+        fc2 = Linear("bnm,md->bnd", (self.mlp_dim, width), dtype=self.dtype, name="fc2")
+        return fc2(hidden)
+
+
+def normalise(images: Array, spec: ViTSpec) -> Array:
+    """uint8 pixels to what the network was trained on; floats pass untouched.
+
+    Args:
+      images: [B, S, S, C], uint8, or float already normalised.
+      spec: whose mean and std apply.
+    """
+    if images.dtype != jnp.uint8:
+        return images
+    mean, std = (jnp.float32(m).reshape(1, 1, 1, -1) for m in (spec.mean, spec.std))
+    return (images.astype(jnp.float32) / 255 - mean) / std
+
+
+class ViT(nn.Module):
+    """A Vision Transformer of any sub-network widths.
+
+    Attributes:
+      spec: the full network.
+      widths: static widths of an extracted sub-network; None for the full network.
+      dtype: of the computation, float32 or bfloat16. Parameters, LayerNorm, softmax
+        and logits are float32 in both.
+      attention: function (q, k, v, scale) -> mixed values.
+      remat: recompute each block in the backward pass instead of storing it.
+    """
+
+    spec: ViTSpec
+    widths: SubnetSpec | None = None
+    dtype: Any = jnp.float32
+    attention: Callable[..., Array] = einsum_attention
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        images: Array,
+        masks: tuple[BlockMasks, ...] | None = None,
+        taps: Taps | None = None,
+    ) -> Array:
+        """Logits [B, K] in float32, or the pooled feature [B, D] if K = 0.
+
+        Args:
+          images: [B, S, S, C], uint8 pixels or normalised floats.
+          masks: one `BlockMasks` a block (`subnet.masks`); traced, so that one
+            compilation serves every sub-network.
+          taps: function (block, name, feature) -> feature, called on `query`, `key`,
+            `value` [B, H, N, d] and `hidden` [B, N, M] before their masks.
+
+        Raises:
+          ValueError: if the images are not of the spec's size.
+        """
+        spec = self.spec
+        want = (spec.image_size, spec.image_size, spec.in_channels)
+        if images.shape[1:] != want:
+            raise ValueError(
+                f"images have shape {images.shape}, the network takes (batch, "
+                f"{', '.join(map(str, want))}): preprocess them, or resample the "
+                "position embedding at conversion (image_size)."
+            )
+        x = self._embed(normalise(images, spec))
+        widths = (self.widths or SubnetSpec.full(spec)).check(spec)
+        block_type = nn.remat(Block) if self.remat and taps is None else Block
+        for i, sizes in enumerate(zip(*widths)):
+            block = block_type(
+                spec, i, *sizes, self.dtype, self.attention, name=f"block_{i}"
+            )
+            args = (masks[i] if masks else None,)
+            x = block(x, *args) if taps is None else block(x, *args, taps)
+        return self._head(x)
+
+    def _embed(self, images: Array) -> Array:
+        spec, g, p = self.spec, self.spec.grid, self.spec.patch_size
+        patches = images.reshape(-1, g, p, g, p, spec.in_channels).swapaxes(2, 3)
+        patches = patches.reshape(-1, g * g, p, p, spec.in_channels)
+        shape = (p, p, spec.in_channels, spec.width)
+        x = Linear("bnpqc,pqcd->bnd", shape, dtype=self.dtype, name="patch_embed")(
+            patches
+        )
+        prefix = self._prefix(x.shape[0])
+        count = spec.num_tokens if spec.pos_embed_prefix else g * g
+        position = self.param("pos_embed", _embed_init, (count, spec.width))[None]
+        position = position.astype(self.dtype)
+        if not spec.pos_embed_prefix:
+            x = x + position
+        x = jnp.concatenate([*prefix, x], axis=1)
+        if spec.pos_embed_prefix:
+            x = x + position
+        return _layer_norm(spec, "pre_norm")(x) if spec.pre_norm else x
+
+    def _prefix(self, batch: int) -> list[Array]:
+        spec = self.spec
+        tokens = [
+            self.param(name, _embed_init, shape).reshape(1, -1, spec.width)
+            for name, shape, there in (
+                ("class_token", (spec.width,), spec.class_token),
+                ("dist_token", (spec.width,), spec.distilled),
+                ("register_tokens", (spec.registers, spec.width), spec.registers),
+            )
+            if there
+        ]
+        return [
+            jnp.broadcast_to(t, (batch, *t.shape[1:])).astype(self.dtype)
+            for t in tokens
+        ]
+
+    def _head(self, x: Array) -> Array:
+        spec = self.spec
+        if not spec.fc_norm:
+            x = _layer_norm(spec, "norm")(x)
+        if spec.pool == "avg":
+            pooled = [x[:, spec.num_prefix :].mean(1)]
+        else:
+            pooled = [x[:, i] for i in range(1 + spec.distilled)]
+        if spec.fc_norm:
+            pooled = [_layer_norm(spec, "fc_norm")(p) for p in pooled]
+        if spec.pre_logits:
+            shape = (spec.width, spec.pre_logits)
+            pooled[0] = jnp.tanh(
+                Linear("bd,de->be", shape, name="pre_logits")(pooled[0])
+            )
+        if spec.num_classes:
+            pooled = [
+                Linear(
+                    "bd,dk->bk",
+                    (p.shape[-1], spec.num_classes),
+                    kernel_init=nn.initializers.zeros,
+                    name=name,
+                )(p)
+                for p, name in zip(pooled, ("head", "head_dist"))
+            ]
+        return sum(pooled) / len(pooled)
+
+
+def init(spec: ViTSpec, rng: Array, *, widths: SubnetSpec | None = None) -> Params:
+    """Fresh parameters: fan-in scaled kernels, zero biases and head.
+
+    Args:
+      spec: the full network.
+      rng: a key.
+      widths: of a sub-network to train on its own.
+
+    Returns:
+      The nested dict that every function of this package takes as `params`.
+    """
+    images = jnp.zeros((1, spec.image_size, spec.image_size, spec.in_channels))
+    return jax.jit(ViT(spec, widths).init)(rng, images)["params"]

@@ -1,0 +1,40 @@
+"""Package metadata. Every dependency is imported only where it is used."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+setup(
+    name="flax-skd",
+    version="0.1.0",
+    description="One Vision Transformer, every size: SKD super-networks in JAX/Flax",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["flax_skd*"]), "flax_skd.configs"],
+    package_dir={"flax_skd.configs": "configs"},
+    install_requires=[
+        "jax>=0.8",
+        "flax>=0.12",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11",
+        "tensorflow-datasets>=4.9.8",
+        "ml-collections>=1.0",
+        "absl-py",
+        "numpy",
+        "grain",  # deterministic, resumable input without TensorFlow
+        "pillow",  # decoding; tensorflow-datasets needs it and does not say so
+        "safetensors",
+        "scikit-learn",  # the handwritten digits of the demo
+        "matplotlib",
+        "tqdm",
+    ],
+    extras_require={
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+        "test": ["pytest", "ruff", "hypothesis"],
+    },
+    entry_points={"console_scripts": ["flax-skd=flax_skd.run.main:cli"]},
+)

@@ -1,0 +1,70 @@
+"""Strict JAX, eight CPU devices, and one tiny network with non-zero biases."""
+
+import os
+
+# Before jax starts: its CPU backend reads both once.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import pathlib
+import tempfile
+
+import jax
+import numpy as np
+import pytest
+
+from flax_skd.method import vit
+from flax_skd.method.spec import ViTSpec
+
+CACHE = pathlib.Path(tempfile.gettempdir()) / "flax_skd_jax_cache"
+
+
+def pytest_configure():
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_compilation_cache_dir", str(CACHE))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # Programs that tests start share the cache.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+
+
+def shake(params, seed=0, scale=0.1):
+    """Adds noise to every leaf, so that no bias is zero and no scale is one."""
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noisy = [
+        leaf + scale * jax.random.normal(key, leaf.shape, leaf.dtype)
+        for leaf, key in zip(leaves, keys)
+    ]
+    return jax.tree.unflatten(treedef, noisy)
+
+
+@pytest.fixture(scope="session")
+def spec():
+    return ViTSpec(
+        image_size=16,
+        patch_size=4,
+        width=24,
+        depth=3,
+        num_heads=2,
+        mlp_dim=40,
+        num_classes=5,
+    )
+
+
+@pytest.fixture(scope="session")
+def params(spec):
+    return shake(vit.init(spec, jax.random.key(1)))
+
+
+@pytest.fixture(scope="session")
+def batch(spec):
+    rng = np.random.default_rng(0)
+    size = (12, spec.image_size, spec.image_size, spec.in_channels)
+    return {
+        "image": rng.integers(0, 256, size).astype(np.uint8),
+        "label": rng.integers(0, spec.num_classes, 12).astype(np.int32),
+        "weight": np.ones(12, np.float32),
+    }

@@ -1,0 +1,121 @@
+"""Specs refuse what cannot be; dropout lists are nested and meet their budgets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_skd.method import macs, piad
+from flax_skd.method.spec import SubnetSpec, ViTSpec
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"head_dim": 0, "num_heads": 5}, "num_heads = 5 does not divide width = 24"),
+        ({"patch_size": 5}, "patch_size = 5 does not divide image_size = 16"),
+        ({"depth": 0}, "depth = 0 must be at least 1"),
+        ({"num_classes": -1}, "num_classes = -1 must not be negative"),
+        ({"gelu": "relu"}, r"gelu = 'relu': choose one of \('exact', 'tanh'\)"),
+        ({"mean": (0.5,)}, "one number for each of the 3 channels"),
+        ({"crop_fraction": 1.5}, "crop_fraction = 1.5 in"),
+        ({"class_token": False}, "pool = 'token' needs class_token"),
+        ({"distilled": True, "pool": "avg"}, "pool = 'token'"),
+    ],
+)
+def test_an_impossible_spec_says_what_and_why(spec, changes, match):
+    with pytest.raises(ValueError, match=match):
+        spec.replace(**changes)
+
+
+def test_a_spec_survives_json(spec):
+    import json
+
+    text = json.dumps(spec.to_dict())
+    assert ViTSpec.from_dict(json.loads(text)) == spec
+    assert hash(ViTSpec.from_dict(json.loads(text))) == hash(spec)
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        ({"widht": 3}, r"unknown fields \['widht'\]"),
+        ({"width": "24"}, "width = '24' should be int"),
+        ({"width": True}, "width = True should be int"),
+    ],
+)
+def test_edited_json_is_refused_by_field(spec, edit, match):
+    with pytest.raises(ValueError, match=match):
+        ViTSpec.from_dict({**spec.to_dict(), **edit})
+
+
+def test_an_unknown_variant_lists_the_sizes():
+    with pytest.raises(ValueError, match="'XL/16': write size/patch, .*Ti, S, B, L, H"):
+        ViTSpec.named("XL/16")
+
+
+@pytest.mark.parametrize(
+    ("widths", "match"),
+    [
+        (((4,) * 2, (4,) * 3, (4,) * 3), "qk_dim has 2 entries, the network 3 blocks"),
+        (((4,) * 3, (4,) * 3, (4, 41, 4)), "mlp_dim = 41 in block 1: must be 0 to 40"),
+        (((4, 4, 0), (4,) * 3, (4,) * 3), "block 2: qk_dim = 0, vo_dim = 4"),
+    ],
+)
+def test_widths_that_do_not_fit_name_the_block(spec, widths, match):
+    with pytest.raises(ValueError, match=match):
+        SubnetSpec(*widths).check(spec)
+
+
+def test_the_uniform_list_is_nested_and_its_macs_fall_at_every_level():
+    spec = ViTSpec.named("Ti/16")
+    levels = piad.uniform(spec)
+    counts = [macs.macs(spec, levels.widths(s, spec)) for s in range(32)]
+    assert levels.widths(0, spec) == SubnetSpec.full(spec)
+    assert (np.diff(counts) < 0).all()
+    assert macs.branch_fraction(spec, levels.widths(16, spec)) == 0.5
+
+
+@pytest.mark.parametrize("cost", [macs.macs, macs.param_count])
+def test_the_network_for_a_budget_fits_and_the_next_larger_does_not(spec, cost):
+    levels = piad.uniform(spec)
+    for share in (0.99, 0.7, 0.5, 0.2):
+        limit = int(share * cost(spec, SubnetSpec.full(spec)))
+        level = piad.level_for(levels, spec, limit, cost=cost)
+        assert cost(spec, levels.widths(level, spec)) <= limit
+        assert cost(spec, levels.widths(level - 1, spec)) > limit
+
+
+def test_a_budget_below_the_smallest_network_says_how_small_it_is(spec):
+    smallest = macs.macs(spec, piad.uniform(spec).widths(31, spec))
+    with pytest.raises(ValueError, match=f"costs {macs.readable(smallest)}"):
+        piad.level_for(piad.uniform(spec), spec, smallest - 1)
+
+
+def test_a_list_that_grows_again_or_starts_cut_is_refused(spec):
+    full, half = SubnetSpec.full(spec), SubnetSpec.uniform(spec, 6, 6, 20)
+    with pytest.raises(ValueError, match="grows from level 1 to 2 in block 0"):
+        piad.from_rows([full, half, full], spec)
+    with pytest.raises(ValueError, match="level 0 .* must be the full network"):
+        piad.from_rows([half], spec)
+
+
+def test_a_traced_level_reads_the_row_and_padding_repeats_the_last(spec):
+    rows = [SubnetSpec.full(spec), SubnetSpec.uniform(spec, 6, 5, 20)]
+    levels = piad.from_rows(rows, spec, max_levels=7)
+    row = jax.jit(lambda table, s: table.row(s))(levels, 1)
+    assert SubnetSpec(*map(tuple, row)).check(spec) == rows[1]
+    assert levels.qk_dim.shape == (8, 3)
+    assert (levels.vo_dim[2:] == 5).all() and int(levels.levels) == 1
+    with pytest.raises(ValueError, match="level 2 does not exist: choose 0"):
+        levels.widths(2, spec)
+
+
+def test_levels_are_drawn_uniformly_with_both_ends(spec):
+    levels = piad.uniform(spec, steps=8)
+    drawn = piad.sample_level(jax.random.key(0), levels, (8000,))
+    counts = np.bincount(np.asarray(drawn), minlength=8)
+    assert len(counts) == 8
+    # Chi-square with 7 degrees of freedom: 24.3 is its 0.999 quantile.
+    assert ((counts - 1000) ** 2 / 1000).sum() < 24.3
+    assert drawn.dtype == jnp.int32

@@ -1,0 +1,228 @@
+"""The ViT against an independent NumPy forward, and masked against extracted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from conftest import shake
+
+from flax_skd.method import macs, subnet, vit
+from flax_skd.method.spec import SubnetSpec, ViTSpec
+from flax_skd.method.vit import ViT
+
+VARIANTS = {
+    "plain": {},
+    "average pooling": {"pool": "avg", "class_token": False},
+    "fc_norm": {"pool": "avg", "fc_norm": True},
+    "distilled": {"distilled": True},
+    "pre-logits": {"pre_logits": 11},
+    "no qkv bias": {"qkv_bias": False},
+    "LayerScale and free prefix": {"layer_scale": True, "pos_embed_prefix": False},
+    "registers": {"registers": 3},
+    "tanh GELU, eps, pre_norm": {"gelu": "tanh", "norm_eps": 1e-3, "pre_norm": True},
+    "grey images": {"in_channels": 1, "mean": (0.3,), "std": (0.2,)},
+    "no head": {"num_classes": 0},
+    "wide heads": {"head_dim": 7},
+}
+
+
+def make(spec, changes):
+    if "pre_logits" in changes and changes.get("distilled"):
+        raise AssertionError("no published network has both")
+    spec = spec.replace(**changes)
+    return spec, shake(vit.init(spec, jax.random.key(3)), seed=4)
+
+
+def in_float64(params):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+
+def images_for(spec, count=3):
+    size = (count, spec.image_size, spec.image_size, spec.in_channels)
+    return np.random.default_rng(5).normal(size=size).astype(np.float32)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_logits_equal_a_plain_float64_forward(spec, changes):
+    spec, params = make(spec, changes)
+    images = images_for(spec)
+    want = reference.logits(images, in_float64(params), spec)
+    have = ViT(spec).apply({"params": params}, images)
+    np.testing.assert_allclose(have, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_parameters_are_counted_without_a_network(spec, changes):
+    spec, params = make(spec, changes)
+    count = sum(x.size for x in jax.tree.leaves(params))
+    assert macs.param_count(spec) == count
+    widths = SubnetSpec((4, 0, 2), (3, 0, 4), (0, 7, spec.mlp_dim))
+    small = subnet.extract(params, widths)
+    assert macs.param_count(spec, widths) == sum(x.size for x in jax.tree.leaves(small))
+
+
+def test_uint8_images_are_normalised_by_the_spec(spec, params, batch):
+    spec = spec.replace(mean=(0.1, 0.5, 0.9), std=(0.2, 0.3, 0.4))
+    floats = (batch["image"] / 255.0 - np.array(spec.mean)) / np.array(spec.std)
+    have = ViT(spec).apply({"params": params}, batch["image"])
+    want = ViT(spec).apply({"params": params}, floats.astype(np.float32))
+    np.testing.assert_allclose(have, want, rtol=1e-4, atol=1e-5)
+
+
+def test_images_of_another_size_are_refused_with_both_sizes(spec, params):
+    with pytest.raises(ValueError, match=r"\(1, 8, 8, 3\), the network takes .*16"):
+        ViT(spec).apply({"params": params}, np.zeros((1, 8, 8, 3), np.float32))
+
+
+def test_attention_functions_agree_at_unequal_widths():
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(a, (2, 3, 7, w)) for a, w in zip(keys, (4, 4, 6)))
+    for args in ((q, k, v), (v, v, q)):
+        np.testing.assert_allclose(
+            vit.dot_product_attention(*args, 0.3),
+            vit.einsum_attention(*args, 0.3),
+            atol=1e-5,
+        )
+
+
+def test_attention_survives_scores_that_overflow_exp():
+    q = jnp.full((1, 1, 3, 2), 100.0)
+    v = jnp.arange(6.0).reshape(1, 1, 3, 2)
+    have = vit.einsum_attention(q, q, v, 1.0)
+    np.testing.assert_allclose(have[0, 0, 0], [2.0, 3.0], atol=1e-6)
+
+
+def test_bfloat16_stays_near_float32_and_returns_float32(spec, params, batch):
+    wide = ViT(spec).apply({"params": params}, batch["image"])
+    half = ViT(spec, dtype=jnp.bfloat16).apply({"params": params}, batch["image"])
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, wide, atol=0.05 * float(jnp.abs(wide).max()))
+
+
+def test_rematerialised_blocks_give_the_same_gradients(spec, params, batch):
+    widths = SubnetSpec((4, 0, 2), (3, 0, 4), (0, 7, spec.mlp_dim))
+
+    def grads(remat):
+        def total(p):
+            args = (batch["image"], subnet.masks(spec, widths))
+            return ViT(spec, remat=remat).apply({"params": p}, *args).sum()
+
+        return jax.grad(total)(params)
+
+    for a, b in zip(jax.tree.leaves(grads(True)), jax.tree.leaves(grads(False))):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+WIDTHS = {
+    "full": SubnetSpec((12,) * 3, (12,) * 3, (40,) * 3),
+    "ragged": SubnetSpec((5, 12, 1), (3, 7, 12), (9, 40, 1)),
+    "branches removed": SubnetSpec((5, 0, 12), (3, 0, 7), (0, 20, 40)),
+    "a whole block removed": SubnetSpec((5, 0, 12), (3, 0, 7), (9, 0, 40)),
+    "no branch at all": SubnetSpec((0,) * 3, (0,) * 3, (0,) * 3),
+}
+
+
+@pytest.mark.parametrize("layer_scale", [False, True])
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+def test_masked_equals_extracted_in_logits_and_gradients(
+    spec, batch, widths, layer_scale
+):
+    spec, params = make(spec, {"layer_scale": layer_scale})
+    small = subnet.extract(params, widths)
+
+    def masked(p):
+        logits = ViT(spec).apply(
+            {"params": p}, batch["image"], subnet.masks(spec, widths)
+        )
+        return (logits**2).sum(), logits
+
+    def extracted(p):
+        logits = ViT(spec, widths).apply({"params": p}, batch["image"])
+        return (logits**2).sum(), logits
+
+    wide, logits = jax.grad(masked, has_aux=True)(params)
+    narrow, cut_logits = jax.grad(extracted, has_aux=True)(small)
+    np.testing.assert_allclose(logits, cut_logits, atol=1e-5)
+    # The gradient of the small network is the slice of the masked one ...
+    for a, b in zip(
+        jax.tree.leaves(subnet.extract(wide, widths)),
+        jax.tree.leaves(narrow),
+        strict=True,
+    ):
+        scale = max(1.0, float(jnp.abs(b).max()))
+        np.testing.assert_allclose(a, b, atol=1e-5 * scale)
+    # ... and what was cut has none.
+    for i, (qk, vo, mlp) in enumerate(zip(*widths)):
+        attn, hidden = wide[f"block_{i}"]["attn"], wide[f"block_{i}"]["mlp"]
+        cut = [attn[n]["kernel"][..., qk:] for n in ("query", "key")]
+        cut += [attn["value"]["kernel"][..., vo:], attn["out"]["kernel"][:, vo:]]
+        cut += [hidden["fc1"]["kernel"][:, mlp:], hidden["fc2"]["kernel"][mlp:]]
+        assert all(float(jnp.abs(c).sum()) == 0 for c in cut)
+
+
+def test_extracting_everything_changes_nothing(spec, params):
+    same = subnet.extract(params, SubnetSpec.full(spec))
+    assert jax.tree.structure(same) == jax.tree.structure(params)
+    pairs = zip(jax.tree.leaves(same), jax.tree.leaves(params))
+    assert all((a == b).all() for a, b in pairs)
+
+
+def test_extracting_twice_equals_extracting_the_smaller(spec, params):
+    middle, small = WIDTHS["ragged"], SubnetSpec((2, 3, 0), (3, 1, 0), (0, 8, 1))
+    twice = subnet.extract(subnet.extract(params, middle), small)
+    once = subnet.extract(params, small)
+    assert jax.tree.structure(twice) == jax.tree.structure(once)
+    pairs = zip(jax.tree.leaves(twice), jax.tree.leaves(once))
+    assert all((a == b).all() for a, b in pairs)
+    assert subnet.widths_of(once, spec) == small
+
+
+def test_extracting_more_than_there_is_names_the_block(spec, params):
+    small = subnet.extract(params, WIDTHS["ragged"])
+    with pytest.raises(ValueError, match="qk_dim = 12 in block 0, .* hold 5"):
+        subnet.extract(small, SubnetSpec.full(spec))
+
+
+def test_each_example_may_have_its_own_subnetwork(spec, params, batch):
+    rows = [WIDTHS["full"], WIDTHS["ragged"], WIDTHS["branches removed"]] * 4
+    widths = SubnetSpec(*(np.array(f) for f in zip(*rows)))
+    together = ViT(spec).apply(
+        {"params": params}, batch["image"], subnet.masks(spec, widths)
+    )
+    for i, row in enumerate(rows[:3]):
+        alone = ViT(spec).apply(
+            {"params": params}, batch["image"][i : i + 1], subnet.masks(spec, row)
+        )
+        np.testing.assert_allclose(together[i], alone[0], atol=1e-5)
+
+
+def test_one_compilation_serves_every_subnetwork(spec, params, batch):
+    traces = []
+
+    @jax.jit
+    def forward(widths):
+        traces.append(1)
+        masks = subnet.masks(spec, widths)
+        return ViT(spec).apply({"params": params}, batch["image"], masks)
+
+    outs = [
+        forward(SubnetSpec(*(jnp.array(f) for f in widths)))
+        for widths in WIDTHS.values()
+    ]
+    assert len(traces) == 1 and len(outs) == len(WIDTHS)
+
+
+def test_named_variants_have_the_published_parameter_counts():
+    published = {
+        "Ti/16": 5_717_416,
+        "S/16": 22_050_664,
+        "B/16": 86_567_656,
+        "B/32": 88_224_232,
+        "L/16": 304_326_632,
+        "H/14": 632_045_800,
+    }
+    counts = {n: macs.param_count(ViTSpec.named(n)) for n in published}
+    assert counts == published
+    distilled = ViTSpec.named("Ti/16").replace(distilled=True)
+    assert macs.param_count(distilled) == 5_910_800  # DeiT-Ti distilled
