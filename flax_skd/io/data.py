@@ -1,0 +1,239 @@
+"""Batches of labelled images, for evaluation and for training."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+import logging
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from flax_skd.io import preprocess
+from flax_skd.io.examples import BadImageError, Source
+from flax_skd.io.extras import require
+from flax_skd.method.spec import ViTSpec
+
+Batch = dict[str, np.ndarray]
+Augment = Callable[[Any, np.random.Generator, ViTSpec], np.ndarray]
+
+_LOG = logging.getLogger(__name__)
+_AHEAD = 2  # batches decoded before they are asked for
+_CHOICES = ("error", "skip")
+
+
+class _BadImages:
+    """What is done with images that do not decode, and which they were."""
+
+    def __init__(self, on_bad_image: str):
+        if on_bad_image not in _CHOICES:
+            raise ValueError(f"on_bad_image = {on_bad_image!r}: choose of {_CHOICES}.")
+        self._skip = on_bad_image == "skip"
+        self._seen: set[int] = set()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def meet(self, index: int, error: BadImageError) -> None:
+        """Raises `error`, or notes it and logs it once."""
+        if not self._skip:
+            raise error
+        with self._lock:
+            new, _ = index not in self._seen, self._seen.add(index)
+            count = len(self._seen)
+        if new:
+            _LOG.warning("skipped image %d (%d so far): %s", index, count, error)
+
+
+def _threads() -> int:
+    return min(16, (os.cpu_count() or 1) + 1)  # decoding lets go of Python's lock
+
+
+@dataclasses.dataclass
+class EvalBatches:
+    """Batches for evaluation; see `eval_batches`. Iterating again starts again.
+
+    Attributes:
+      num_examples: images, those skipped included.
+    """
+
+    source: Source
+    spec: ViTSpec
+    batch_size: int
+    indices: Sequence[int]
+    bad: _BadImages
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.indices) / self.batch_size)
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.indices)
+
+    @property
+    def num_skipped(self) -> int:
+        """Images found so far that do not decode."""
+        return len(self.bad)
+
+    def __iter__(self) -> Iterator[Batch]:
+        pool = concurrent.futures.ThreadPoolExecutor(_threads())
+        try:
+            size = self.batch_size
+            batches = (
+                [pool.submit(self._load, int(i)) for i in self.indices[at : at + size]]
+                for at in range(0, len(self.indices), size)
+            )
+            waiting = collections.deque(itertools.islice(batches, _AHEAD))
+            while waiting:
+                loaded = [future.result() for future in waiting.popleft()]
+                waiting.extend(itertools.islice(batches, 1))
+                yield self._stack(loaded)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _load(self, index: int) -> tuple[np.ndarray, int] | None:
+        try:
+            example = self.source[index]
+            return preprocess.evaluation(example.image, self.spec), example.label
+        except BadImageError as error:
+            self.bad.meet(index, error)
+            return None
+
+    def _stack(self, loaded: list[tuple[np.ndarray, int] | None]) -> Batch:
+        size, side = self.batch_size, self.spec.image_size
+        batch = {
+            "image": np.zeros((size, side, side, self.spec.in_channels), np.uint8),
+            "label": np.zeros(size, np.int32),
+            "weight": np.zeros(size, np.float32),
+        }
+        for row, example in enumerate(loaded):
+            if example is not None:
+                batch["image"][row], batch["label"][row] = example
+                batch["weight"][row] = 1
+        return batch
+
+
+def eval_batches(
+    source: Source,
+    spec: ViTSpec,
+    *,
+    batch_size: int,
+    on_bad_image: str = "error",
+    indices: Sequence[int] | None = None,
+) -> EvalBatches:
+    """Every image once, in order, preprocessed as for evaluation.
+
+    Args:
+      source: of images; see `flax_skd.io.sources.open_source`.
+      spec: says size, channels, crop and interpolation.
+      on_bad_image: `error`, or `skip`: an image that does not decode gets weight 0.
+      indices: positions in the source, in the order wanted; all of them if None.
+
+    Returns:
+      An iterable, which may be iterated again, of `image` uint8 [B, S, S, C], `label`
+      int32 [B] and `weight` float32 [B]. The last batch is filled up with zeros of
+      weight 0. It has a length in batches, `num_examples` and `num_skipped`.
+
+    Raises:
+      ValueError: if an option is not possible; and, while iterating, if an image does
+        not decode.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size} must be at least 1.")
+    indices = range(len(source)) if indices is None else indices
+    if not len(indices) or not 0 <= min(indices) <= max(indices) < len(source):
+        raise ValueError(
+            f"indices must be positions in {source.name}, at least one of 0 to "
+            f"{len(source) - 1}."
+        )
+    return EvalBatches(source, spec, batch_size, indices, _BadImages(on_bad_image))
+
+
+@dataclasses.dataclass
+class _TrainLoader:
+    """(position, rng) -> one augmented example."""
+
+    source: Source
+    spec: ViTSpec
+    augment: Augment
+    bad: _BadImages
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Batch:
+        total = len(self.source)
+        for step in range(total):
+            position = (int(index) + step) % total
+            try:
+                example = self.source[position]
+            except BadImageError as error:
+                self.bad.meet(position, error)
+                continue
+            return {
+                "image": self.augment(example.image, rng, self.spec),
+                "label": np.int32(example.label),
+                "index": np.int32(position),
+            }
+        raise ValueError(f"no image of {self.source.name} decodes.")
+
+
+def train_batches(
+    source: Source,
+    spec: ViTSpec,
+    *,
+    batch_size: int,
+    seed: int,
+    augment: Augment,
+    process_index: int = 0,
+    process_count: int = 1,
+    on_bad_image: str = "error",
+):
+    """Endless shuffled batches; every epoch has an order of its own.
+
+    Args:
+      source: of images; see `flax_skd.io.sources.open_source`.
+      spec: says size and channels.
+      batch_size: of all processes together; each yields its share of it.
+      seed: 0 to 2**32 - 1; fixes order and augmentation, on every process the same.
+      augment: (image, rng, spec) -> uint8 [S, S, C], such as `augment.flip_crop`.
+      process_index, process_count: which part of the source is read here.
+      on_bad_image: `error`, or `skip`: the next image takes the place of one that
+        does not decode.
+
+    Returns:
+      A `grain.DatasetIterator` of `image` uint8 [b, S, S, C], `label` int32 [b] and
+      `index` int32 [b], the positions in the source. Its `get_state` and `set_state`
+      resume exactly.
+
+    Raises:
+      ValueError: if an option is not possible, or the source holds less than a batch;
+        and, while iterating, if an image does not decode.
+    """
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process {process_index} of {process_count} cannot be.")
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size = {batch_size} must be a positive multiple of the "
+            f"{process_count} processes."
+        )
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed = {seed} must be 0 to {2**32 - 1}.")
+    if len(source) < batch_size:
+        raise ValueError(
+            f"batch_size = {batch_size} but {source.name} has {len(source)} images: "
+            "choose a smaller batch."
+        )
+    grain, share = require("grain"), batch_size // process_count
+    loader = _TrainLoader(source, spec, augment, _BadImages(on_bad_image))
+    positions = grain.MapDataset.range(len(source)).seed(seed).shuffle()
+    examples = positions[process_index::process_count].repeat().random_map(loader)
+    # Batches are put together after the threads: they share out images, and no more
+    # than a few batches wait in memory.
+    options = grain.ReadOptions(
+        num_threads=_threads(), prefetch_buffer_size=max(_AHEAD * share, _threads())
+    )
+    batches = examples.to_iter_dataset(options).batch(share, drop_remainder=True)
+    return iter(batches)

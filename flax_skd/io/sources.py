@@ -1,0 +1,215 @@
+"""Where labelled images come from: one line of text opens any of them."""
+
+import dataclasses
+import os
+import pathlib
+import re
+
+import numpy as np
+
+from flax_skd.io import npz_images, tar_images
+from flax_skd.io.examples import (
+    SUFFIXES,
+    ArraySource,
+    BadImageError,
+    EncodedSource,
+    Example,
+    Source,
+    check_labels,
+    decode,
+)
+from flax_skd.io.extras import require
+
+__all__ = ["ArraySource", "BadImageError", "Example", "Source", "open_source", "take"]
+
+_FORMS = """\
+  digits, digits:train, digits:test   the 8x8 digits that come with scikit-learn
+  folder:PATH                         PATH/class/name.jpg
+  tar:PATH                            a tar of images, with labels.json or class folders
+  npz:PATH, npz:PATH:SPLIT            arrays, or encoded images with offsets
+  tfds:NAME:SPLIT                     a prepared TensorFlow dataset (array_record)"""
+
+
+def open_source(
+    description: str, *, labels: str | None = None, num_classes: int | None = None
+) -> Source:
+    """Opens a source of labelled images.
+
+    Args:
+      description: `digits[:train|:test]`, `folder:PATH`, `tar:PATH`,
+        `npz:PATH[:SPLIT]` or `tfds:NAME:SPLIT`.
+      labels: of a tar only: `sorted` (one image a class, sorted by file name) or the
+        path of a JSON file {file name: class}.
+      num_classes: if given, labels must lie below it.
+
+    Raises:
+      ValueError: if there is no such source or it does not serve; the message names
+        it and says what would.
+    """
+    kind, _, rest = description.partition(":")
+    if labels is not None and kind != "tar":
+        raise ValueError(
+            f"labels = {labels!r} goes with tar:PATH; {description!r} has its own."
+        )
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"num_classes = {num_classes} must be at least 1, or None.")
+    if kind == "digits" and rest in ("", "train", "test"):
+        return _digits(rest, description, num_classes)
+    if kind == "folder" and rest:
+        return _folder(rest, num_classes)
+    if kind == "tar" and rest:
+        return tar_images.open_tar(rest, labels=labels, num_classes=num_classes)
+    if kind == "npz" and rest:
+        path, colon, split = rest.rpartition(":")
+        if not colon or os.path.exists(rest):
+            path, split = rest, None
+        return npz_images.open_npz(path, split=split, num_classes=num_classes)
+    # A split may hold colons too: cifar10:3.0.2:train[:50%].
+    if kind == "tfds" and (parts := re.fullmatch(r"([^\[]+):([^:\[]+(?:\[.*)?)", rest)):
+        return _TfdsSource(*parts.groups(), num_classes=num_classes)
+    raise ValueError(f"no source {description!r}; the forms are\n{_FORMS}")
+
+
+def take(source: Source, n: int, *, seed: int = 0) -> Source:
+    """`n` distinct images of a source, chosen by `seed`, in a fixed random order.
+
+    For the same seed a smaller choice is the beginning of a larger one.
+
+    Raises:
+      ValueError: if there are fewer than `n`; the message says how many.
+    """
+    if not 1 <= n <= len(source):
+        raise ValueError(
+            f"asked for {n} images of {source.name}, which has {len(source)}: "
+            f"choose 1 to {len(source)}."
+        )
+    order = np.random.default_rng(seed).permutation(len(source))
+    return _Selection(source, order[:n])
+
+
+class _Selection:
+    def __init__(self, source: Source, indices: np.ndarray):
+        self.name, self.num_classes = source.name, source.num_classes
+        self._source, self._indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._source[int(self._indices[index])]
+
+
+def _digits(split: str, name: str, num_classes: int | None) -> ArraySource:
+    """1,797 images [8, 8, 1]; of each class a quarter, chosen once, is the test."""
+    data = require("sklearn.datasets").load_digits()
+    images = np.round(data.images * (255 / 16)).astype(np.uint8)[..., None]
+    rng = np.random.default_rng(0)
+    held_out = np.zeros(len(images), bool)
+    for label in range(10):
+        members = rng.permutation(np.flatnonzero(data.target == label))
+        held_out[members[: round(len(members) / 4)]] = True
+    chosen = {"": held_out | True, "train": ~held_out, "test": held_out}[split]
+    return ArraySource(
+        images[chosen], data.target[chosen], num_classes=num_classes or 10, name=name
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _FileReader:
+    paths: list[str]
+
+    def __call__(self, index: int) -> bytes:
+        return pathlib.Path(self.paths[index]).read_bytes()
+
+
+def _folder(path: str, num_classes: int | None) -> EncodedSource:
+    name, root = f"folder:{path}", pathlib.Path(path)
+    if not root.is_dir():
+        raise ValueError(f"{name}: there is no folder {path}.")
+    classes = sorted(
+        entry.name
+        for entry in os.scandir(root)
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
+    names, labels = [], []
+    for label, folder in enumerate(classes):
+        for file in sorted(os.listdir(root / folder)):
+            hidden = file.startswith(".")  # such as the ._name files of a Mac
+            if file.lower().endswith(SUFFIXES) and not hidden:
+                names.append(f"{folder}/{file}")
+                labels.append(label)
+    if not names:
+        raise ValueError(
+            f"{name}: no image found; images lie in {path}/CLASS/NAME with NAME "
+            f"ending in one of {', '.join(SUFFIXES)}."
+        )
+    return EncodedSource(
+        _FileReader([str(root / n) for n in names]),
+        names,
+        labels=labels,
+        name=name,
+        num_classes=num_classes or len(classes),
+    )
+
+
+class _TfdsSource:
+    """A dataset prepared by TensorFlow Datasets, read without TensorFlow.
+
+    The record holds the label, so labels are checked when they are read.
+    """
+
+    def __init__(self, dataset: str, split: str, *, num_classes: int | None):
+        self.name = f"tfds:{dataset}:{split}"
+        self._records, self._keys = _tfds_records(dataset, split, self.name)
+        label = self._records.dataset_info.features[self._keys[1]]
+        self.num_classes = num_classes or getattr(label, "num_classes", None)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        image, label = (self._records[index][key] for key in self._keys)
+        name = f"record {index}"
+        (label,) = check_labels(
+            [label], [name], source=self.name, num_classes=self.num_classes
+        )
+        if isinstance(image, bytes):
+            image = decode(image, source=self.name, name=name)
+        return Example(image, int(label), name)
+
+
+def _tfds_records(dataset: str, split: str, name: str):
+    """Random access to the records, and the keys of image and label in one."""
+    tfds = require("tensorflow_datasets")
+    prepare = (
+        f"tensorflow_datasets.builder({dataset!r}, file_format='array_record')"
+        ".download_and_prepare()"
+    )
+    try:
+        builder = tfds.builder(dataset, file_format="array_record")
+        keys = builder.info.supervised_keys or ("image", "label")
+        held = list(builder.info.features)
+        if len(keys) != 2 or not set(keys) <= set(held):
+            raise ValueError(
+                f"it has {', '.join(held)}; needed are an image and a label"
+            )
+        skip = {keys[0]: tfds.decode.SkipDecoding()}  # decoding is ours, and named
+        return builder.as_data_source(split=split, decoders=skip), keys
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(
+            f"{name}: TensorFlow Datasets knows no {dataset!r}; a custom dataset must "
+            "be imported first, or prepared under TFDS_DATA_DIR."
+        ) from error
+    except (KeyError, FileNotFoundError) as error:  # an empty table of splits
+        raise ValueError(
+            f"{name} is not prepared under TFDS_DATA_DIR (or ~/tensorflow_datasets): "
+            f"run {prepare}."
+        ) from error
+    except (ValueError, NotImplementedError) as error:
+        reason = str(error)
+        if "format" in reason:
+            reason = (
+                "it is prepared in another file format (tfrecord?), which needs "
+                f"TensorFlow; prepare it again in another TFDS_DATA_DIR: {prepare}"
+            )
+        raise ValueError(f"{name}: {reason}.") from error
