@@ -1,0 +1,140 @@
+"""The layout of a ViT's parameters: paths, shapes, nested and flat, from a spec."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from flax_skd.io.key_tables import SHAPES, TABLES, Flat, Rule
+from flax_skd.io.weight_files import ConversionError
+from flax_skd.method.spec import ViTSpec
+
+QKV_BIAS = ("attn/query/bias", "attn/key/bias", "attn/value/bias")
+
+
+def lines_of(family: str, depth: int) -> Iterator[tuple[Rule, int, tuple[str, ...]]]:
+    """The lines of a table written out for each block, one for each path.
+
+    Yields:
+      rule, block (0 outside of blocks) and our paths. Of lines that mean the same, the
+      table's first.
+    """
+    seen: set[tuple[str, ...]] = set()
+    for rule in TABLES[family]:
+        if rule.paths in seen:
+            continue
+        seen.add(rule.paths)
+        for i in range(depth if "{i}" in rule.key else 1):
+            yield rule, i, tuple(p.replace("{i}", str(i)) for p in rule.paths)
+
+
+def layout(net: Any) -> dict[str, str]:
+    """Our paths of a network and their axes, one letter each, as in `SHAPES`.
+
+    Args:
+      net: a `ViTSpec`, or anything with its flags and `depth`.
+    """
+    wanted = {
+        "class_token": net.class_token,
+        "dist_token": net.distilled,
+        "register_tokens": net.registers,
+        "pre_norm": net.pre_norm,
+        "norm": not net.fc_norm,
+        "fc_norm": net.fc_norm,
+        "pre_logits": net.pre_logits,
+        "head": net.num_classes,
+        "head_dist": net.num_classes and net.distilled,
+        "layer_scale1": net.layer_scale,
+        "layer_scale2": net.layer_scale,
+    }
+    paths = {}
+    for path, axes in SHAPES.items():
+        top, _, rest = path.partition("/")
+        if not wanted.get(rest if rest in wanted else top, True):
+            continue
+        if rest in QKV_BIAS and not net.qkv_bias:
+            continue
+        axes = axes.replace("F", "L" if net.pre_logits else "D")
+        blocks = range(net.depth) if top == "block_{i}" else (0,)
+        paths |= {path.replace("{i}", str(i)): axes for i in blocks}
+    return paths
+
+
+def raise_listed(missing: list[str], surplus: list[str], wrong: list[str]) -> None:
+    """One error for all keys, if there are any.
+
+    Raises:
+      ConversionError: unless all three are empty.
+    """
+    kinds = {"missing": missing, "surplus": surplus, "wrong shape": wrong}
+    lines = [f"\n  {kind}: {line}" for kind, found in kinds.items() for line in found]
+    if lines:
+        raise ConversionError(
+            "the tensors do not make one ViT; these must go, come or change:"
+            + "".join(lines)
+        )
+
+
+def _shape(axes: str, spec: ViTSpec) -> tuple[int, ...]:
+    """Shape of a parameter in our layout: A is two axes, heads and head_dim."""
+    prefix = spec.num_prefix if spec.pos_embed_prefix else 0
+    sizes = {
+        "D": (spec.width,),
+        "A": (spec.num_heads, spec.head_dim),
+        "M": (spec.mlp_dim,),
+        "P": (spec.patch_size,),
+        "C": (spec.in_channels,),
+        "K": (spec.num_classes,),
+        "L": (spec.pre_logits,),
+        "R": (spec.registers,),
+        "T": (spec.grid**2 + prefix,),
+    }
+    return sum((sizes[letter] for letter in axes), ())
+
+
+def nest(flat: Flat, spec: ViTSpec) -> dict[str, Any]:
+    """Nested params with heads as an axis, each array its own memory."""
+    params: dict[str, Any] = {}
+    for path, axes in layout(spec).items():
+        *groups, leaf = path.split("/")
+        node = params
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[leaf] = np.array(flat[path], np.float32, order="C").reshape(
+            _shape(axes, spec)
+        )
+    return params
+
+
+def unnest(params: dict[str, Any], spec: ViTSpec) -> Flat:
+    """The inverse of `nest`.
+
+    Raises:
+      ConversionError: if params are not those of `spec`, with every path.
+    """
+    given = dict(_leaves(params, ""))
+    paths = layout(spec)
+    raise_listed(
+        [path for path in paths if path not in given],
+        [path for path in given if path not in paths],
+        [
+            f"{path}: {list(np.shape(given[path]))}, expected {list(_shape(axes, spec))}"
+            for path, axes in paths.items()
+            if path in given and np.shape(given[path]) != _shape(axes, spec)
+        ],
+    )
+    flat = {}
+    for path, axes in paths.items():
+        value = np.asarray(given[path], np.float32)
+        shape = [math.prod(_shape(letter, spec)) for letter in axes]
+        flat[path] = value.reshape(shape)
+    return flat
+
+
+def _leaves(node: dict[str, Any], at: str) -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{at}{name}/")
+        else:
+            yield f"{at}{name}", value
