@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from flax_skd.method import costs
 from flax_skd.method.spec import ViTSpec
-from flax_skd.method.vit import Array, Params, ViT
+from flax_skd.method.vit import Array, BlockMasks, Params, ViT
 
 SITES = ("query", "key", "value", "hidden")
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -204,8 +205,9 @@ def batch_sums(
     batch: dict[str, Array],
     pilot: tuple[dict[str, Array], ...],
     *,
-    cost: Callable[[Array, Array], Array],
+    cost: costs.Cost = costs.correct_logit,
     weightings: tuple[str, ...] = ("taylor",),
+    masks: tuple[BlockMasks, ...] | None = None,
 ) -> tuple[dict[str, FeatureSums], ...]:
     """The sums of one batch, by one forward and one backward pass.
 
@@ -216,6 +218,7 @@ def batch_sums(
       pilot: of `pilot_means`.
       cost: function (logits, labels) -> [B], such as those of `losses.COSTS`.
       weightings: which second moments of heads to collect.
+      masks: of a sub-network (`subnet.masks`), whose sums are then taken.
 
     Returns:
       One dict a block, site -> `FeatureSums`.
@@ -226,7 +229,7 @@ def batch_sums(
         def tap(block, name, feature):
             return _observe(feature, zeros[block][name], pilot[block][name], live)
 
-        logits = model.apply({"params": params}, batch["image"], taps=tap)
+        logits = model.apply({"params": params}, batch["image"], masks, tap)
         return jnp.sum(cost(logits, batch["label"]) * live)
 
     zeros = tuple(_zeros(model.spec, weightings) for _ in range(model.spec.depth))
@@ -238,7 +241,7 @@ def collect(
     params: Params,
     batches: Iterable[dict[str, Any]],
     *,
-    cost: Callable[[Array, Array], Array],
+    cost: costs.Cost = costs.correct_logit,
     weightings: tuple[str, ...] = ("taylor",),
 ) -> Statistics:
     """Sums over all batches, in one jitted pass.

@@ -110,12 +110,11 @@ class Linear(nn.Module):
         return y
 
 
-def _layer_norm(spec: ViTSpec, name: str) -> nn.LayerNorm:
-    # Statistics in float32, and the variance from centred values: E[x^2] - E[x]^2
-    # loses digits on the few residual channels with a large mean.
-    return nn.LayerNorm(
-        epsilon=spec.norm_eps, dtype=jnp.float32, use_fast_variance=False, name=name
-    )
+def _layer_norm(spec: ViTSpec, name: str, x: Array) -> Array:
+    # In float32, and the variance from centred values: E[x^2] - E[x]^2 loses digits
+    # on the few residual channels with a large mean.
+    norm = nn.LayerNorm(epsilon=spec.norm_eps, use_fast_variance=False, name=name)
+    return norm(x.astype(jnp.float32))
 
 
 def _times(x: Array, mask: Array | None) -> Array:
@@ -150,7 +149,7 @@ class Block(nn.Module):
         ):
             if not (self.qk_dim if number == 1 else self.mlp_dim):
                 continue
-            y = branch(_layer_norm(self.spec, f"norm{number}")(x), masks, tap)
+            y = branch(_layer_norm(self.spec, f"norm{number}", x), masks, tap)
             if self.spec.layer_scale:
                 scale = self.param(
                     f"layer_scale{number}", nn.initializers.ones, (self.spec.width,)
@@ -297,7 +296,9 @@ class ViT(nn.Module):
         x = jnp.concatenate([*prefix, x], axis=1)
         if spec.pos_embed_prefix:
             x = x + position
-        return _layer_norm(spec, "pre_norm")(x) if spec.pre_norm else x
+        return (
+            _layer_norm(spec, "pre_norm", x).astype(self.dtype) if spec.pre_norm else x
+        )
 
     def _prefix(self, batch: int) -> list[Array]:
         spec = self.spec
@@ -318,13 +319,13 @@ class ViT(nn.Module):
     def _head(self, x: Array) -> Array:
         spec = self.spec
         if not spec.fc_norm:
-            x = _layer_norm(spec, "norm")(x)
+            x = _layer_norm(spec, "norm", x)
         if spec.pool == "avg":
             pooled = [x[:, spec.num_prefix :].mean(1)]
         else:
             pooled = [x[:, i] for i in range(1 + spec.distilled)]
         if spec.fc_norm:
-            pooled = [_layer_norm(spec, "fc_norm")(p) for p in pooled]
+            pooled = [_layer_norm(spec, "fc_norm", p) for p in pooled]
         if spec.pre_logits:
             shape = (spec.width, spec.pre_logits)
             pooled[0] = jnp.tanh(

@@ -1,0 +1,31 @@
+"""Read a checkpoint of timm, DeiT, Hugging Face, AugReg or big_vision.
+
+    flax-skd convert --config.model.path=FILE --config.model.variant=Ti/16 \
+        --config.model.recipe=augreg --workdir=DIR
+
+Sizes are inferred from the file. What it cannot tell (heads, LayerNorm epsilon, GELU,
+image mean and std) comes from a config.json beside it, a variant, a recipe, or a field.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The `model` section of `wpac.py`, and nothing else."""
+    config = ConfigDict()
+    config.model = ConfigDict()
+    config.model.path = ""
+    config.model.variant = variant
+    config.model.recipe = ""
+    config.model.image_size = 0
+    config.model.fields = ConfigDict()
+    config.model.fields.num_heads = placeholder(int)
+    config.model.fields.norm_eps = placeholder(float)
+    config.model.fields.gelu = placeholder(str)
+    config.model.fields.pool = placeholder(str)
+    config.model.fields.mean = placeholder(tuple)
+    config.model.fields.std = placeholder(tuple)
+    config.model.fields.crop_fraction = placeholder(float)
+    config.model.fields.interpolation = placeholder(str)
+    return config

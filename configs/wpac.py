@@ -1,0 +1,49 @@
+"""WPAC: rotate every head of a pre-trained ViT so that what matters comes first.
+
+    flax-skd contract --config=configs/wpac.py:Ti/16 --config.model.path=FILE \
+        --config.data.source=tar:IMAGES.tar --workdir=DIR
+
+The part after the colon is the size the file is expected to have (Ti, S, B, L or H,
+and the patch size). Cost: one forward and one backward pass over the calibration
+images, then an eigendecomposition per head. Nothing is trained.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The paper's setting (Li et al., AAAI 2026): 1,024 images, weighted PCA."""
+    config = ConfigDict()
+
+    config.model = ConfigDict()
+    config.model.path = ""  # weights file, its folder, or a directory of ours
+    config.model.variant = variant
+    config.model.recipe = ""  # augreg | augreg_jax | deit | deit3: what a file omits
+    config.model.image_size = 0  # resample the position embedding; 0 keeps the file's
+    # What a file cannot tell, one by one; these win over variant and recipe.
+    config.model.fields = ConfigDict()
+    config.model.fields.num_heads = placeholder(int)
+    config.model.fields.norm_eps = placeholder(float)
+    config.model.fields.gelu = placeholder(str)
+    config.model.fields.pool = placeholder(str)
+    config.model.fields.mean = placeholder(tuple)
+    config.model.fields.std = placeholder(tuple)
+    config.model.fields.crop_fraction = placeholder(float)
+    config.model.fields.interpolation = placeholder(str)
+
+    config.data = ConfigDict()
+    config.data.source = ""  # tar: | folder: | npz: | tfds: | digits:
+    config.data.labels = ""  # "sorted", or a JSON file; for tars without labels
+    config.data.images = 1024
+    config.data.batch_size = 64
+    config.data.on_bad_image = "error"  # or "skip"
+
+    config.criterion = "wpac"  # wpac | pca | taylor1 | taylor2 | magnitude | random
+    config.units = ""  # order of hidden units: taylor2 for wpac; taylor1 is the text's
+    config.cost = "logit"  # cross_entropy | self_kl (no labels) | feature (no head)
+    config.compare = ""  # criteria to write beside it, as DIR-taylor1, from one pass
+    config.levels = 32  # of the uniform list of sub-networks
+    config.dtype = "float32"  # of the forward and backward pass
+    config.seed = 0
+    return config

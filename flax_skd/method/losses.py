@@ -1,0 +1,83 @@
+"""The losses of training, as plain functions."""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def cross_entropies(
+    logits: Array, labels: Array, *, label_smoothing: float = 0.0
+) -> Array:
+    """Cross-entropy of every example, in nats.
+
+    Args:
+      logits: [B, K].
+      labels: int [B] classes, or float [B, K] probabilities (mixed images, a teacher).
+      label_smoothing: share of the target spread over all K classes.
+
+    Returns:
+      [B], float32; nan where a class is not one of 0..K-1, so that it is noticed.
+    """
+    classes = logits.shape[-1]
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    known = jnp.ones(labels.shape[:1], bool)
+    if labels.ndim == 1:
+        known = (labels >= 0) & (labels < classes)
+        labels = jax.nn.one_hot(labels, classes, dtype=jnp.float32)
+    targets = (1 - label_smoothing) * labels + label_smoothing / classes
+    return jnp.where(known, -(targets * log_probs).sum(-1), jnp.nan)
+
+
+def cross_entropy(
+    logits: Array,
+    labels: Array,
+    *,
+    weights: Array | None = None,
+    label_smoothing: float = 0.0,
+) -> Array:
+    """Mean of `cross_entropies`, weighted if asked.
+
+    Args:
+      logits: [B, K].
+      labels: int [B] or float [B, K].
+      weights: [B], not negative; 0 leaves an example out, as padding. 0 if all are.
+      label_smoothing: share of the target spread over all K classes.
+
+    Returns:
+      [], float32.
+    """
+    values = cross_entropies(logits, labels, label_smoothing=label_smoothing)
+    return weighted_mean(values, weights)
+
+
+def accuracy(logits: Array, labels: Array, *, weights: Array | None = None) -> Array:
+    """Share of examples whose largest logit is the label's.
+
+    Args:
+      logits: [B, K].
+      labels: int [B], or float [B, K] of which the largest counts.
+      weights: [B], as in `cross_entropy`.
+
+    Returns:
+      [], float32.
+    """
+    if labels.ndim == 2:
+        labels = labels.argmax(-1)
+    hits = (logits.argmax(-1) == labels).astype(jnp.float32)
+    return weighted_mean(hits, weights)
+
+
+def weighted_mean(values: Array, weights: Array | None = None) -> Array:
+    """sum(weights * values) / sum(weights); 0 if the weights are all 0.
+
+    Args:
+      values: [B]; those of weight 0 may be nan.
+      weights: [B], not negative; None for all 1.
+    """
+    if weights is None:
+        return values.mean()
+    total = weights.sum()
+    # The inner `where` keeps nan of padded examples out of sum and gradient.
+    kept = jnp.where(weights > 0, values, 0.0) * weights
+    return kept.sum() / jnp.where(total > 0, total, 1.0)

@@ -1,0 +1,205 @@
+"""Accuracy of sub-networks, and the sweep over cuts or levels to a table."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flax_skd.method import macs, subnet
+from flax_skd.method.piad import DropoutList
+from flax_skd.method.spec import SubnetSpec, ViTSpec
+from flax_skd.method.vit import Array, Params, ViT
+
+COLUMNS = (
+    *("criterion", "cut", "kept", "level", "macs", "macs_paper", "params"),
+    *("top1", "top5", "kl", "agreement", "images"),
+)
+CUTS: dict[str, tuple[str, ...]] = {
+    "attention": ("qk_dim", "vo_dim"),
+    "qk": ("qk_dim",),
+    "vo": ("vo_dim",),
+    "mlp": ("mlp_dim",),
+    "all": ("qk_dim", "vo_dim", "mlp_dim"),
+}
+
+
+class Score(NamedTuple):
+    """What a sub-network does on labelled images.
+
+    Attributes:
+      top1, top5: accuracy in percent.
+      kl: mean KL divergence from the full network's output, nats.
+      agreement: share of images with the full network's first class, percent.
+      images: how many.
+    """
+
+    top1: float
+    top5: float
+    kl: float
+    agreement: float
+    images: int
+
+
+class Cut(NamedTuple):
+    """One sub-network of a sweep, and what the table calls it.
+
+    Attributes:
+      cut: a key of `CUTS`.
+      kept: share of the cut branches that is kept; of the block MACs for a level.
+      level: of a dropout list, or None.
+      widths: static widths.
+    """
+
+    cut: str
+    kept: float
+    level: int | None
+    widths: SubnetSpec
+
+
+def fixed_cut(spec: ViTSpec, cut: str, kept: float) -> Cut:
+    """The same share of one kind of branch in every block, at least one dim.
+
+    Raises:
+      ValueError: if the cut is unknown or the share not in (0, 1].
+    """
+    if cut not in CUTS:
+        raise ValueError(f"cut {cut!r}: choose one of {', '.join(CUTS)}.")
+    if not 0 < kept <= 1:
+        raise ValueError(f"kept = {kept} must lie in (0, 1].")
+    full = SubnetSpec.full(spec)
+    sizes = {
+        name: tuple(max(1, round(kept * size)) for size in getattr(full, name))
+        for name in CUTS[cut]
+    }
+    return Cut(cut, kept, None, full._replace(**sizes).check(spec))
+
+
+def list_cut(spec: ViTSpec, dropout_list: DropoutList, level: int) -> Cut:
+    """A level of a dropout list as a row of a sweep."""
+    widths = dropout_list.widths(level, spec)
+    return Cut("all", round(macs.branch_fraction(spec, widths), 4), level, widths)
+
+
+def score_sums(
+    model: ViT, params: Params, batch: dict[str, Array], full: Array, widths: SubnetSpec
+) -> Score:
+    """Sums over one batch of what `Score` averages; traced widths, one compile."""
+    masks = subnet.masks(model.spec, widths)
+    logits = model.apply({"params": params}, batch["image"], masks)
+    live, labels = batch["weight"], batch["label"]
+    _, top = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+    right = top == labels[:, None]
+    log_full, log_cut = jax.nn.log_softmax(full), jax.nn.log_softmax(logits)
+    kl = (jnp.exp(log_full) * (log_full - log_cut)).sum(-1)
+
+    def total(values):
+        return (values.astype(live.dtype) * live).sum()
+
+    return Score(
+        top1=total(right[:, 0]),
+        top5=total(right.any(-1)),
+        kl=total(kl),
+        agreement=total(top[:, 0] == full.argmax(-1)),
+        images=live.sum(),
+    )
+
+
+def evaluate(
+    model: ViT,
+    params: Params,
+    batches: Iterable[dict[str, Any]],
+    widths: list[SubnetSpec],
+    *,
+    progress: Callable[[int], Any] = lambda images: None,
+) -> list[Score]:
+    """Scores of many sub-networks of one network, each image read once.
+
+    Args:
+      model: of the full network.
+      params: its parameters.
+      batches: dicts of `image`, `label`, `weight` (0 for padding), of one shape.
+      widths: the sub-networks.
+      progress: called with the number of forwards of an image just done.
+
+    Returns:
+      One `Score` a sub-network; agreement and KL are against the full network.
+
+    Raises:
+      ValueError: if there is no image, or the logits are not finite.
+    """
+    full_logits = jax.jit(lambda p, x: model.apply({"params": p}, x))
+    sums_of = jax.jit(functools.partial(score_sums, model))
+    traced = [SubnetSpec(*(jnp.array(f, jnp.int32) for f in w)) for w in widths]
+    totals = None
+    for batch in batches:
+        full = full_logits(params, batch["image"])
+        sums = []
+        for w in traced:
+            sums.append(sums_of(params, batch, full, w))
+            progress(len(batch["label"]))
+        totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
+    if totals is None:
+        raise ValueError("no images to evaluate: the source of batches is empty.")
+    return [_score(total) for total in jax.device_get(totals)]
+
+
+def _score(total: Score) -> Score:
+    images = int(total.images)
+    if not images:
+        raise ValueError("no images to evaluate: every image was skipped.")
+    if not jnp.isfinite(total.kl):
+        raise ValueError(
+            "the logits are not finite: look for NaN in the parameters, or evaluate "
+            "in float32."
+        )
+    percent = (100 * float(x) / images for x in (total.top1, total.top5))
+    kl, agreement = float(total.kl) / images, 100 * float(total.agreement) / images
+    return Score(*percent, kl, agreement, images)
+
+
+def row(criterion: str, spec: ViTSpec, cut: Cut, score: Score) -> dict[str, Any]:
+    """One line of the sweep's table, keys as in `COLUMNS`."""
+    values = (
+        *(criterion, cut.cut, cut.kept, cut.level),
+        *(macs.macs(spec, cut.widths, c) for c in macs.CONVENTIONS),
+        macs.param_count(spec, cut.widths),
+        *(round(x, 4) for x in score[:4]),
+        score.images,
+    )
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def sweep(
+    networks: dict[str, Params],
+    model: ViT,
+    batches: Iterable[dict[str, Any]],
+    cuts: list[Cut],
+    *,
+    progress: Callable[[int], Any] = lambda images: None,
+    after_each: Callable[[str, list[dict[str, Any]]], None] = lambda name, rows: None,
+) -> list[dict[str, Any]]:
+    """The table of criteria against cuts.
+
+    Args:
+      networks: full parameters by criterion; all the same function.
+      model: the full network.
+      batches: an iterable that can be read once a criterion.
+      cuts: what to evaluate.
+      progress: as in `evaluate`.
+      after_each: called with a criterion and its rows when they are done, so that
+        finished work can be kept.
+
+    Returns:
+      Rows with the keys of `COLUMNS`, criterion by criterion.
+    """
+    rows = []
+    for name, params in networks.items():
+        scores = evaluate(
+            model, params, batches, [c.widths for c in cuts], progress=progress
+        )
+        fresh = [row(name, model.spec, c, s) for c, s in zip(cuts, scores)]
+        after_each(name, fresh)
+        rows += fresh
+    return rows

@@ -1,0 +1,142 @@
+"""What a run tells while it trains: a bar, log lines, and rows of JSON."""
+
+import contextlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import logging
+
+from flax_skd.io.extras import require
+
+
+class Progress:
+    """Means over the steps since the last report, reported now and then.
+
+    Only the first process shows and writes anything. A report is a line in the log
+    and a row in `path`: step, means of the metrics, images/s of all hosts,
+    and the share of the time spent waiting for data.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path | None,
+        *,
+        start: int,
+        steps: int,
+        every_steps: int | None,
+        every_s: float,
+    ):
+        """Starts the clock.
+
+        Args:
+          path: of the rows, appended to; None for none. Rows of steps after `start`
+            are dropped: those steps are about to run again.
+          start: updates done.
+          steps: updates in all.
+          every_steps, every_s: report at whichever comes first.
+        """
+        self._steps, self._every = steps, (every_steps, every_s)
+        self._path = path if jax.process_index() == 0 else None
+        if self._path:
+            _rewind(self._path, start)
+        self._bar = require("tqdm").tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            # None: only where a terminal can show it.
+            disable=None if jax.process_index() == 0 else True,
+        )
+        self._clear()
+
+    def _clear(self) -> None:
+        self._since, self._wait, self._images = time.monotonic(), 0.0, 0
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time meanwhile as waiting for data."""
+        before = time.monotonic()
+        yield
+        self._wait += time.monotonic() - before
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops the clock meanwhile."""
+        before = time.monotonic()
+        yield
+        self._since += time.monotonic() - before
+
+    def step(self, step: int, values: dict[str, float], images: int) -> bool:
+        """Takes in one finished step; true if a report is due.
+
+        Args:
+          step: updates done.
+          values: metrics of the step.
+          images: of all hosts.
+        """
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._count += 1
+        self._images += images
+        self._bar.update()
+        every_steps, every_s = self._every
+        return (
+            step == self._steps
+            or bool(every_steps and step % every_steps == 0)
+            or time.monotonic() - self._since >= every_s
+        )
+
+    def report(self, step: int, more: dict[str, float]) -> None:
+        """Logs and writes the means since the last report, and starts new ones.
+
+        Args:
+          step: updates done.
+          more: fields to add, such as the learning rate.
+        """
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        values = {k: v / self._count for k, v in self._sums.items()}
+        row = values | more
+        row |= {
+            "images_per_s": self._images / seconds,
+            "data_wait": min(1.0, self._wait / seconds),
+        }
+        self.write(step, row)
+        self._bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()})
+        self._clear()
+
+    def write(self, step: int, row: dict[str, Any]) -> None:
+        """Logs and writes one row."""
+        if jax.process_index():
+            return
+        row = {k: float(v) for k, v in row.items()}  # numpy's and jax's too
+        text = ", ".join(f"{k} {v:.5g}" for k, v in row.items())
+        logging.info("step %d/%d: %s", step, self._steps, text)
+        if self._path:
+            with self._path.open("a", encoding="utf-8") as f:
+                f.write(json.dumps({"step": step, **row}) + "\n")
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self._bar.close()
+
+
+def _rewind(path: pathlib.Path, step: int) -> None:
+    """Drops rows after `step`, and a last row that was cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text("".join(kept), encoding="utf-8")
+    os.replace(fresh, path)

@@ -1,0 +1,150 @@
+"""Rows of a sweep as JSON, CSV, a table to print and a figure to look at."""
+
+import csv
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from flax_skd.io.extras import require
+from flax_skd.method import macs
+from flax_skd.run.evaluate import COLUMNS
+
+Rows = list[dict[str, Any]]
+
+_HEADINGS = {
+    "cut": "cut",
+    "kept": "kept",
+    "criterion": "criterion",
+    "macs": "MACs (full count)",
+    "macs_paper": "MACs (paper's)",
+    "params": "parameters",
+    "top1": "top-1 %",
+    "top5": "top-5 %",
+    "kl": "KL",
+    "agreement": "agrees %",
+}
+
+
+def _cell(name: str, value: Any) -> str:
+    if name in ("macs", "macs_paper", "params"):
+        return macs.readable(value)
+    if name in ("top1", "top5", "agreement"):
+        return f"{value:.1f}"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def table(rows: Rows) -> str:
+    """The rows as an aligned Markdown table."""
+    lines = [list(_HEADINGS.values())]
+    lines += [[_cell(k, r[k]) for k in _HEADINGS] for r in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * w for w in widths])
+    return "\n".join(
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |"
+        for line in lines
+    )
+
+
+def pivot(rows: Rows, value: str = "top1") -> str:
+    """One line a cut and share, one column a criterion; Markdown."""
+    criteria = list(dict.fromkeys(r["criterion"] for r in rows))
+    cells: dict[tuple[str, float], dict[str, str]] = {}
+    for r in rows:
+        cells.setdefault((r["cut"], r["kept"]), {})[r["criterion"]] = _cell(
+            value, r[value]
+        )
+    lines = ["| cut | kept | " + " | ".join(criteria) + " |"]
+    lines.append("|" + "---|" * (len(criteria) + 2))
+    for (cut, kept), found in cells.items():
+        values = " | ".join(found.get(c, "") for c in criteria)
+        lines.append(f"| {cut} | {kept:g} | {values} |")
+    return "\n".join(lines)
+
+
+def read(path: str | pathlib.Path) -> Rows:
+    """Rows of a `sweep.json`.
+
+    Raises:
+      ValueError: if the file is not one; the message names it.
+    """
+    try:
+        rows = json.loads(pathlib.Path(path).read_text())
+        if all(set(row) == set(COLUMNS) for row in rows):
+            return rows
+    except (ValueError, TypeError):
+        pass
+    raise ValueError(
+        f"{path} is not a list of sweep rows with the keys {', '.join(COLUMNS)}: "
+        "remove it, or sweep with --overwrite."
+    )
+
+
+def write(directory: str | pathlib.Path, rows: Rows, *, title: str) -> list[str]:
+    """Writes `sweep.json`, `sweep.csv` and `sweep.png`; returns their paths."""
+    directory = pathlib.Path(directory)
+    paths = [directory / f"sweep.{kind}" for kind in ("json", "csv", "png")]
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    paths[0].write_text(f"[\n{lines}\n]\n")
+    with paths[1].open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    figure(rows, title=title).savefig(paths[2], dpi=150)
+    return [str(p) for p in paths]
+
+
+def figure(rows: Rows, *, title: str):
+    """Accuracy against MACs, one panel a cut and one line a criterion.
+
+    Returns:
+      A matplotlib figure, made without a screen.
+    """
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys(r["cut"] for r in rows if r["kept"] < 1)) or ["all"]
+    fig = Figure(figsize=(max(5.2, 3.6 * len(panels)), 4.2), layout="constrained")
+    axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    criteria = list(dict.fromkeys(r["criterion"] for r in rows))
+    unit, size = _unit(max(r["macs"] for r in rows))
+    for axis, cut in zip(axes, panels):
+        for i, name in enumerate(criteria):
+            mine = [r for r in rows if r["criterion"] == name]
+            points = [r for r in mine if r["cut"] == cut or r["kept"] == 1]
+            _line(axis, points, name, size, first=i == 0)
+        axis.set_title(_panel_title(cut), fontsize=10)
+        axis.set_xlabel(f"{unit} an image (full count)")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("top-1 accuracy, %")
+    axes[-1].legend(frameon=False, fontsize=8, loc="lower right")
+    fig.suptitle(title, fontsize=11)
+    return fig
+
+
+def _line(axis, points: Sequence[dict[str, Any]], name: str, size: int, *, first: bool):
+    points = sorted(points, key=lambda r: r["macs"])
+    axis.plot(
+        [r["macs"] / size for r in points],
+        [r["top1"] for r in points],
+        marker="o",
+        markersize=4,
+        linewidth=2.2 if first else 1.3,
+        zorder=3 if first else 2,
+        label=name,
+    )
+
+
+def _unit(most: int) -> tuple[str, int]:
+    return ("GMACs", 10**9) if most >= 10**9 else ("MMACs", 10**6)
+
+
+def _panel_title(cut: str) -> str:
+    return {
+        "all": "all branches cut",
+        "attention": "attention cut",
+        "qk": "queries and keys cut",
+        "vo": "values and out cut",
+        "mlp": "MLP cut",
+    }[cut]

@@ -1,0 +1,150 @@
+"""The mesh, and where parameters and batches lie on it."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "model")
+Rules = tuple[tuple[str, PartitionSpec], ...]
+
+# Path pattern -> mesh axes of the array's axes; the first that matches counts. A ViT
+# fits every accelerator whole, so nothing is cut by default.
+REPLICATED: Rules = ()
+
+
+def mesh(
+    shape: dict[str, int] | None = None, *, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of named axes.
+
+    Args:
+      shape: size of each axis, names from `AXES`; by default all devices on `data`.
+      devices: by default all there are, of all hosts.
+
+    Raises:
+      ValueError: if an axis is unknown or the sizes do not make up the devices.
+    """
+    devices = list(devices if devices is not None else jax.devices())
+    shape = shape or {"data": len(devices)}
+    unknown = sorted(set(shape) - set(AXES))
+    if unknown or math.prod(shape.values()) != len(devices) or min(shape.values()) < 1:
+        raise ValueError(
+            f"mesh {shape}: the axes are {AXES} and their sizes must multiply to the "
+            f"{len(devices)} devices there are."
+        )
+    return jax.make_mesh(
+        tuple(shape.values()),
+        tuple(shape),
+        axis_types=(AxisType.Auto,) * len(shape),  # the default is Explicit
+        devices=devices,
+    )
+
+
+def param_sharding(params: Any, mesh: Mesh, *, rules: Rules = REPLICATED) -> Any:
+    """Where each array of a tree lies: parameters, optimizer state or both.
+
+    Args:
+      params: any pytree of arrays; paths are keys joined by `/`.
+      mesh: of any axes; those that a rule names and the mesh lacks are left out.
+      rules: pairs of a regular expression, searched in the path, and axes.
+
+    Returns:
+      The tree with a `NamedSharding` in place of each array. An axis that the mesh
+      does not divide stays whole.
+    """
+
+    def place(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for pattern, axes in rules:
+            if re.search(pattern, name):
+                return NamedSharding(mesh, _fitting(axes, np.shape(leaf), mesh))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def _fitting(axes: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    def fits(axis, size):
+        names = axis if isinstance(axis, tuple) else (axis,)
+        known = all(n in mesh.shape for n in names)
+        return known and size % math.prod(mesh.shape[n] for n in names) == 0
+
+    return PartitionSpec(*(a if fits(a, n) else None for a, n in zip(axes, shape)))
+
+
+def copy_to(tree: Any, places: Any) -> Any:
+    """A copy of a tree on the mesh, which shares no memory with it.
+
+    Args:
+      tree: arrays, the same on every host, or already on the mesh.
+      places: of `param_sharding`.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, places, may_alias=False)
+    return jax.tree.map(_copy_to_hosts, tree, places)
+
+
+def _copy_to_hosts(x: Any, place: NamedSharding) -> jax.Array:
+    # `device_put` places no committed array on devices of other hosts.
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.device_put(jnp.copy(x), place)
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = _copy_to_hosts(jax.random.key_data(x), place)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    local = np.array(x)
+    return jax.make_array_from_callback(local.shape, place, local.__getitem__)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Examples over the axes `data` and `fsdp`; all else whole."""
+    return NamedSharding(mesh, PartitionSpec(_batch_axes(mesh)))
+
+
+def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(n for n in ("data", "fsdp") if n in mesh.shape)
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """This process's examples as its part of one global batch.
+
+    Args:
+      batch: a pytree of numpy arrays [B, ...], B examples of this process.
+      mesh: of any axes.
+
+    Returns:
+      The tree of global arrays [B * processes, ...], sharded by `batch_sharding`.
+
+    Raises:
+      ValueError: if the examples cannot be shared out evenly; names the nearest batch
+        sizes that can.
+    """
+    sharding = batch_sharding(mesh)
+    parts = math.prod(mesh.shape[n] for n in _batch_axes(mesh))
+    _check_divides(batch, max(1, parts // jax.process_count()))
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
+        batch,
+    )
+
+
+def _check_divides(batch: Any, parts: int) -> None:
+    sizes = {np.shape(x)[0] if np.ndim(x) else 0 for x in jax.tree.leaves(batch)}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"the arrays of a batch have {sorted(sizes)} examples: all must have the "
+            "same number."
+        )
+    (size,) = sizes
+    if size % parts or not size:
+        below = size // parts * parts
+        near = [str(n) for n in (below, below + parts) if n]
+        raise ValueError(
+            f"a batch of {size} does not divide over {parts} devices: take "
+            f"{' or '.join(near)}."
+        )

@@ -1,0 +1,294 @@
+"""One train step and one loop, for training from scratch, fine-tuning and PIAD."""
+
+import contextlib
+import functools
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flax_skd.io import run_state
+from flax_skd.method.vit import Params
+from flax_skd.run import sharding
+from flax_skd.run.objective import Array, Batch, Loss, Metrics, classification_loss
+from flax_skd.run.optimizer import cosine, make_optimizer
+from flax_skd.run.progress import Progress
+
+__all__ = [
+    "NonFiniteLossError",
+    "Stopped",
+    "TrainState",
+    "classification_loss",
+    "cosine",
+    "fit",
+    "initial_state",
+    "make_optimizer",
+    "train_step",
+]
+
+
+class NonFiniteLossError(ValueError):
+    """The loss or its gradient is nan or infinite."""
+
+
+class Stopped(SystemExit):
+    """The run was told to end, and saved what it had."""
+
+
+class TrainState(NamedTuple):
+    """All that a run carries from step to step.
+
+    Attributes:
+      step: int32 [], updates done.
+      params: what is trained.
+      opt_state: of the optimizer.
+      ema: moving average of params, the same tree; None to go without.
+      rng: a key; step t uses `fold_in(rng, t)`, so it never changes.
+    """
+
+    step: Any
+    params: Params
+    opt_state: Any
+    ema: Params | None
+    rng: Array
+
+
+def initial_state(
+    params: Params, optimizer: optax.GradientTransformation, rng: Array
+) -> TrainState:
+    """The state before the first step; its average starts at `params`."""
+    params = jax.tree.map(jnp.asarray, params)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), params, rng)
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+) -> tuple[TrainState, Metrics]:
+    """One update; pure.
+
+    Args:
+      state: before.
+      batch: what `loss` takes.
+      loss: function (params, batch, rng, step) -> (loss [], metrics).
+      optimizer: whose state `state` holds.
+      ema_decay: most that the average keeps of itself; at step t it keeps
+        min(ema_decay, (1 + t) / (10 + t)), so that the start is forgotten.
+
+    Returns:
+      The state after, and the metrics: `loss`, `grad_norm`, `param_norm` (of the
+      state after) and those of `loss`.
+    """
+    rng = jax.random.fold_in(state.rng, state.step)
+    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
+        state.params, batch, rng, state.step
+    )
+    # optax multiplies floats by integer counts, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+    t = state.step.astype(jnp.float32)
+    keep = jnp.minimum(ema_decay, (1 + t) / (10 + t))
+    ema = state.ema
+    if ema is not None:
+        ema = optax.incremental_update(params, ema, 1 - keep)
+    norms = {
+        "grad_norm": _norm(grads),
+        "param_norm": _norm(params),
+    }
+    metrics = {"loss": value, **norms, **metrics}
+    return TrainState(state.step + 1, params, opt_state, ema, state.rng), metrics
+
+
+def _norm(tree: Any) -> Array:
+    squares = (jnp.square(x.astype(jnp.float32)).sum() for x in jax.tree.leaves(tree))
+    return jnp.sqrt(sum(squares))
+
+
+def fit(
+    state: TrainState,
+    batches: Iterator[dict[str, np.ndarray]],
+    *,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    config: dict[str, Any] | None = None,
+    mesh: Mesh | None = None,
+    workdir: str | os.PathLike | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    checkpoint_every: int = 1000,
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    evaluate_every: int | None = None,
+    ema_decay: float = 0.9999,
+    schedule: optax.Schedule | None = None,
+    log_every_steps: int | None = None,
+    log_every_s: float = 60.0,
+) -> TrainState:
+    """Trains to `steps` updates.
+
+    Args:
+      state: of `initial_state`; kept, not donated.
+      batches: a grain iterator of this process's batches, {"image", "label",
+        "index"} or whatever `loss` takes; "index" names examples in errors.
+      loss, optimizer, ema_decay: see `train_step`.
+      steps: updates in all, those of a resumed run included.
+      config: all that decides the result, data set included, as JSON holds it. A
+        resumed run must have the same.
+      mesh: by default all devices on one axis.
+      workdir: for checkpoints and log; None writes nothing.
+      resume: go on from the newest checkpoint in `workdir`, if there is one.
+      overwrite: delete the run in `workdir` first.
+      checkpoint_every: updates; the last is always saved.
+      evaluate: function of the state -> numbers to log.
+      evaluate_every: updates; by default only after the last.
+      schedule: of the learning rate, to be logged.
+      log_every_steps, log_every_s: report at whichever comes first.
+
+    Returns:
+      The state after the last update, on the mesh.
+
+    Raises:
+      NonFiniteLossError: names the step, the examples and the last good checkpoint.
+      Stopped: after SIGTERM, with the state saved; says how to go on.
+      ValueError: if `workdir`, `config`, the batches or the mesh do not fit.
+    """
+    for name, count in (("steps", steps), ("checkpoint_every", checkpoint_every)):
+        if count < 1:
+            raise ValueError(f"{name} = {count} must be at least 1.")
+    mesh = mesh or sharding.mesh()
+    place, update = _compiled(state, mesh, loss, optimizer, ema_decay)
+    # The step donates its state, and the caller's must live on.
+    state = sharding.copy_to(state, place)
+    with contextlib.ExitStack() as stack:
+        disk = run_state.Checkpoints(
+            workdir,
+            batches=batches,
+            config=config or {},
+            overwrite=overwrite,
+            resume=resume,
+        )
+        stack.callback(disk.close)
+        state = disk.restore(state) if resume else state
+        start = int(state.step)
+        progress = Progress(
+            disk.workdir and disk.workdir / run_state.LOG,
+            start=start,
+            steps=steps,
+            every_steps=log_every_steps,
+            every_s=log_every_s,
+        )
+        stack.callback(progress.close)
+        told_to_stop = stack.enter_context(_sigterm(disk.manager))
+        running = _Running(progress, disk, schedule)
+        for step in range(start + 1, steps + 1):
+            with progress.waiting():
+                host_batch = _draw(batches, step, steps)
+                batch = sharding.shard_batch(host_batch, mesh)
+            state, metrics = update(state, batch)
+            running.follow(step, metrics, host_batch)
+            stopping = told_to_stop(step) and step < steps
+            if stopping or step == steps or step % checkpoint_every == 0:
+                running.settle()  # a state that is not finite must not be saved
+                disk.save(step, state)
+            if evaluate and (step == steps or step % (evaluate_every or steps) == 0):
+                running.settle()
+                with progress.paused():
+                    progress.write(step, evaluate(state))
+            if stopping:
+                raise Stopped(
+                    f"stopped by SIGTERM after step {step} of {steps}; saved in "
+                    f"{disk.workdir}. Run the same again with --resume to go on."
+                )
+    return state
+
+
+def _compiled(state, mesh, loss, optimizer, ema_decay):
+    """Where the state lies on the mesh, and the jitted step."""
+    place = sharding.param_sharding(state, mesh)
+    step = functools.partial(
+        train_step, loss=loss, optimizer=optimizer, ema_decay=ema_decay
+    )
+    whole = NamedSharding(mesh, PartitionSpec())
+    return place, jax.jit(
+        step,
+        in_shardings=(place, sharding.batch_sharding(mesh)),
+        out_shardings=(place, whole),
+        donate_argnums=0,
+    )
+
+
+def _draw(batches: Iterator[Any], step: int, steps: int) -> dict[str, np.ndarray]:
+    try:
+        return next(batches)
+    except StopIteration:
+        raise ValueError(
+            f"the data ended before step {step} of {steps}: repeat it, or ask for fewer "
+            "steps."
+        ) from None
+
+
+class _Running:
+    """The metrics of the newest step, not fetched before the next one runs."""
+
+    def __init__(self, progress, disk, schedule):
+        self._progress, self._disk, self._schedule = progress, disk, schedule
+        self._newest = None
+
+    def follow(self, step: int, metrics: Metrics, batch: dict[str, np.ndarray]):
+        """Settles the step before and remembers this one."""
+        self.settle()
+        self._newest = (step, metrics, batch)
+
+    def settle(self) -> None:
+        """Waits for the newest step, checks its numbers and passes them on."""
+        if self._newest is None:
+            return
+        (step, metrics, batch), self._newest = self._newest, None
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        self._check(step, values, batch)
+        images = len(jax.tree.leaves(batch)[0]) * jax.process_count()
+        if self._progress.step(step, values, images):
+            rate = {"lr": float(self._schedule(step - 1))} if self._schedule else {}
+            self._progress.report(step, rate)
+
+    def _check(self, step, values, batch):
+        checked = {name: values[name] for name in ("loss", "grad_norm", "param_norm")}
+        if all(map(math.isfinite, checked.values())):
+            return
+        ids = np.asarray(batch["index"]).tolist() if "index" in batch else "unknown"
+        raise NonFiniteLossError(
+            f"{checked} at step {step}, examples {ids}. Last good checkpoint: "
+            f"{self._disk.last()}. Look at these examples and their labels (one that "
+            "is no class gives nan), lower the learning rate, or clip the gradient."
+        )
+
+
+@contextlib.contextmanager
+def _sigterm(manager) -> Iterator[Callable[[int], bool]]:
+    """Yields a function of the step: whether to save and end after it."""
+    if manager and jax.process_count() > 1:
+        yield manager.reached_preemption  # all hosts must agree on the step
+        return
+    main = threading.current_thread() is threading.main_thread()
+    if not manager or not main:
+        yield lambda step: False
+        return
+    asked = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield lambda step: asked.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)

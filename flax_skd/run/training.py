@@ -1,0 +1,146 @@
+"""The train command: a config to a network, by the one loop of `train`."""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+
+from flax_skd.io import augment, checkpoint, data, sources
+from flax_skd.io.checkpoint import SuperNet
+from flax_skd.method import piad, vit
+from flax_skd.method.spec import SubnetSpec, ViTSpec
+from flax_skd.method.vit import ViT
+from flax_skd.run import commands, evaluate, sharding
+from flax_skd.run import train as loop
+
+AUGMENTS = {
+    "none": lambda options: augment.none,
+    "flip_crop": lambda options: functools.partial(
+        augment.flip_crop, scale=(options.min_scale, 1.0), flip=options.flip
+    ),
+    "shift_crop": lambda options: functools.partial(
+        augment.shift_crop, pad=options.pad, flip=options.flip
+    ),
+}
+NETWORK = "network"  # the directory of the trained network inside the workdir
+
+
+def spec_of(model: Any) -> ViTSpec:
+    """The network of a config's `model` section: a named variant, or its sizes."""
+    if model.variant:
+        return ViTSpec.named(
+            model.variant, image_size=model.image_size, num_classes=model.num_classes
+        )
+    channels = model.in_channels
+    names = {f.name for f in dataclasses.fields(ViTSpec)}
+    sizes = {k: v for k, v in model.items() if k in names}
+    return ViTSpec(
+        **sizes, mean=(0.5,) * channels, std=(0.5,) * channels, crop_fraction=1.0
+    )
+
+
+def augment_named(options: Any):
+    """The host augmentation of a config's `augment` section."""
+    if options.name not in AUGMENTS:
+        raise ValueError(
+            f"augment {options.name!r}: choose one of {', '.join(AUGMENTS)}."
+        )
+    return AUGMENTS[options.name](options)
+
+
+def train(config: Any, *, workdir: str, overwrite: bool, resume: bool) -> str:
+    """Trains, evaluates raw and averaged weights, and saves the network.
+
+    Args:
+      config: as `configs/scratch.py` makes it.
+      workdir: for checkpoints, `log.jsonl` and the directory `network`.
+      overwrite: delete an earlier run.
+      resume: go on with an earlier run of the same config.
+
+    Returns:
+      What to print: where the network lies and its accuracy.
+    """
+    if config.program != "scratch":
+        raise ValueError(f"program {config.program!r}: this version trains 'scratch'.")
+    spec = spec_of(config.model)
+    source = commands.open_images(config.data, spec)
+    model = ViT(spec, dtype=commands.dtype_named(config.dtype), remat=config.remat)
+    per_epoch = len(source) // config.data.batch_size
+    steps = round(config.epochs * per_epoch)
+    schedule = loop.cosine(
+        config.lr,
+        steps=max(1, steps),
+        warmup_steps=round(config.warmup_epochs * per_epoch),
+        end=config.min_lr,
+    )
+    optimizer = loop.make_optimizer(
+        schedule, weight_decay=config.weight_decay, clip_norm=config.clip_norm or None
+    )
+    scores: dict[str, float] = {}
+    state = loop.fit(
+        loop.initial_state(
+            vit.init(spec, jax.random.key(config.seed)),
+            optimizer,
+            jax.random.key(config.seed + 1),
+        ),
+        data.train_batches(
+            source,
+            spec,
+            batch_size=config.data.batch_size,
+            seed=config.seed,
+            augment=augment_named(config.data.augment),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            on_bad_image=config.data.on_bad_image,
+        ),
+        loss=loop.classification_loss(
+            model, label_smoothing=config.label_smoothing, drop_path=config.drop_path
+        ),
+        optimizer=optimizer,
+        steps=steps,
+        config={**config.to_dict(), "images": len(source)},
+        workdir=workdir,
+        overwrite=overwrite,
+        resume=resume,
+        checkpoint_every=config.checkpoint_every,
+        evaluate=_evaluator(config, model, scores),
+        evaluate_every=max(1, round(config.evaluate_epochs * per_epoch)),
+        ema_decay=config.ema_decay,
+        schedule=schedule,
+        log_every_s=config.log_every_s,
+    )
+    params = jax.device_get(state.ema if config.weights == "ema" else state.params)
+    full = piad.from_rows([SubnetSpec.full(spec)], spec)
+    network = SuperNet(params, spec, full, {})
+    target = pathlib.Path(workdir) / NETWORK
+    facts = {"config": config.to_dict(), "steps": steps, "weights": config.weights}
+    checkpoint.save_supernet(
+        target, commands.stamped(network, facts), overwrite=target.exists()
+    )
+    found = ", ".join(f"{k} {v:.2f} %" for k, v in scores.items())
+    return f"wrote {target}: {steps} steps, {found or 'not evaluated'}"
+
+
+def _evaluator(config: Any, model: ViT, latest: dict[str, float]):
+    """Function of the train state -> top-1 of raw and averaged weights, or None.
+
+    What it found last is left in `latest`.
+    """
+    if not config.data.eval_source:
+        return None
+    spec = model.spec
+    source = sources.open_source(config.data.eval_source, num_classes=spec.num_classes)
+    batches = data.eval_batches(source, spec, batch_size=config.data.batch_size)
+    mesh = sharding.mesh()
+
+    def evaluator(state):
+        for name, params in (("raw", state.params), ("ema", state.ema)):
+            score = evaluate.evaluate(
+                model, params, commands.on_mesh(batches, mesh), [SubnetSpec.full(spec)]
+            )
+            latest[f"{name}_top1"] = score[0].top1
+        return dict(latest)
+
+    return evaluator

@@ -1,0 +1,300 @@
+"""Super-networks and sub-networks on disk: the same comes back, or it is said why."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from flax_skd.io import checkpoint
+from flax_skd.io.checkpoint import SubNet, SuperNet
+from flax_skd.method import macs, piad, subnet, vit
+from flax_skd.method.spec import SubnetSpec
+from flax_skd.run import sharding
+
+PROVENANCE = {"sha256": "0" * 64, "criterion": "wpac", "config": {"batch": [1, 2]}}
+
+
+@pytest.fixture(scope="module")
+def supernet(spec, params):
+    return SuperNet(params, spec, piad.uniform(spec, steps=4), PROVENANCE)
+
+
+@pytest.fixture(scope="module")
+def small(spec, params):
+    widths = SubnetSpec((12, 0, 3), (10, 0, 4), (40, 7, 0))
+    cut = subnet.extract(params, widths)
+    return SubNet(cut, spec, widths, {"parent": "super", "level": 3})
+
+
+@pytest.fixture
+def saved(tmp_path, supernet):
+    checkpoint.save_supernet(tmp_path / "super", supernet)
+    return tmp_path / "super"
+
+
+@pytest.fixture
+def saved_small(tmp_path, small):
+    checkpoint.save_subnet(tmp_path / "small", small)
+    return tmp_path / "small"
+
+
+def assert_same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        assert g.dtype == w.dtype
+        assert isinstance(g, np.ndarray)
+        np.testing.assert_array_equal(g, w)
+
+
+def edit(path, **changes):
+    fields = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is None:
+            del fields[key]
+        else:
+            fields[key] = value
+    path.write_text(json.dumps(fields))
+
+
+def test_a_super_network_comes_back_as_it_was(saved, supernet):
+    got = checkpoint.load_supernet(saved)
+    assert_same(got.params, supernet.params)
+    for table, want in zip(got.dropout_list, supernet.dropout_list):
+        np.testing.assert_array_equal(table, want)
+        assert table.dtype == np.int32
+    assert (got.spec, got.provenance) == (supernet.spec, PROVENANCE)
+
+
+def test_room_for_more_levels_comes_back(tmp_path, supernet, spec):
+    rows = [supernet.dropout_list.widths(i, spec) for i in range(2)]
+    levels = piad.from_rows(rows, spec, max_levels=5)
+    checkpoint.save_supernet(tmp_path / "s", supernet._replace(dropout_list=levels))
+    got = checkpoint.load_supernet(tmp_path / "s").dropout_list
+    assert got.qk_dim.shape == (6, spec.depth)
+    assert int(got.levels) == 1
+
+
+def test_bfloat16_parameters_come_back_as_bfloat16(tmp_path, supernet, small):
+    def half(params):
+        return jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params)
+
+    wide = supernet._replace(params=half(supernet.params))
+    checkpoint.save_supernet(tmp_path / "a", wide)
+    assert_same(checkpoint.load_supernet(tmp_path / "a").params, wide.params)
+    narrow = small._replace(params=half(small.params))
+    checkpoint.save_subnet(tmp_path / "b", narrow)
+    assert_same(checkpoint.load_subnet(tmp_path / "b").params, narrow.params)
+
+
+def test_sharded_parameters_are_saved_whole(tmp_path, supernet):
+    place = sharding.param_sharding(supernet.params, sharding.mesh())
+    there = supernet._replace(params=jax.device_put(supernet.params, place))
+    checkpoint.save_supernet(tmp_path / "s", there)
+    assert_same(checkpoint.load_supernet(tmp_path / "s").params, supernet.params)
+
+
+def test_a_sub_network_comes_back_as_it_was(saved_small, small):
+    got = checkpoint.load_subnet(saved_small)
+    assert_same(got.params, small.params)
+    assert got[1:] == small[1:]
+    fields = json.loads((saved_small / "spec.json").read_text())
+    assert fields["macs"]["full"] == macs.macs(small.spec, small.widths)
+    assert fields["macs"]["paper"] == macs.macs(small.spec, small.widths, "paper")
+    keys = load_file(saved_small / "params.safetensors")
+    assert keys["block_0.attn.query.kernel"].shape == (24, 2, 12)
+
+
+def test_a_sub_network_is_read_without_orbax(saved_small):
+    code = (
+        "import sys; from flax_skd.io import checkpoint; "
+        f"checkpoint.load_subnet({str(saved_small)!r}); "
+        "assert not [m for m in sys.modules if m.startswith('orbax')]; print('read')"
+    )
+    root = pathlib.Path(checkpoint.__file__).parents[2]
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert out.stdout == "read\n", out.stderr
+
+
+SAVES = {
+    "supernet": (checkpoint.save_supernet, checkpoint.load_supernet),
+    "subnet": (checkpoint.save_subnet, checkpoint.load_subnet),
+}
+
+
+@pytest.mark.parametrize("kind", SAVES)
+def test_nothing_is_overwritten_unasked_and_only_our_own_if_asked(
+    kind, tmp_path, supernet, small
+):
+    save, load = SAVES[kind]
+    network = supernet if kind == "supernet" else small
+    path = tmp_path / "net"
+    path.mkdir()
+    save(path, network)  # an empty directory is free
+    with pytest.raises(ValueError, match="not empty.*overwrite=True"):
+        save(path, network)
+    save(path, network._replace(provenance={"second": True}), overwrite=True)
+    assert load(path).provenance == {"second": True}
+    (path / "thesis.tex").write_text("dear to its owner")
+    with pytest.raises(ValueError, match=r"thesis\.tex.*Name another"):
+        save(path, network, overwrite=True)
+    assert (path / "thesis.tex").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["net"]  # no temporary left
+
+
+def test_a_save_that_fails_loses_nothing(saved_small, small):
+    bad = small._replace(provenance={"model": object()})
+    with pytest.raises(ValueError, match=r"spec\.json must be plain"):
+        checkpoint.save_subnet(saved_small, bad, overwrite=True)
+    assert checkpoint.load_subnet(saved_small).provenance == small.provenance
+    assert [p.name for p in saved_small.parent.iterdir()] == [saved_small.name]
+
+
+def test_a_bucket_address_is_not_taken_for_a_local_path(small):
+    with pytest.raises(ValueError, match="mount the bucket"):
+        checkpoint.save_subnet("gs://bucket/net", small)
+
+
+@pytest.mark.parametrize("load", [checkpoint.load_supernet, checkpoint.load_subnet])
+def test_another_directory_is_told_what_was_expected(load, tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"expected .*json.* It holds .*notes\.txt"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="holds nothing"):
+        load(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"colour": 1}, "unknown fields ..colour"),
+        ({"spec": None}, "missing fields ..spec"),
+        ({"spec": {"width": 3}}, "missing fields"),
+        ({"spec": [1]}, "unknown fields .1"),
+        ({"format": "flax_skd sub-network"}, "not a super-network"),
+        ({"format_version": 99}, "format version 99"),
+        ({"levels": 2}, "says 2 levels"),
+    ],
+)
+def test_an_edited_super_network_file_is_named(saved, changes, says):
+    edit(saved / "supernet.json", **changes)
+    with pytest.raises(ValueError, match=rf"supernet\.json(.|\n)*({says})"):
+        checkpoint.load_supernet(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"widths": {"qk_dim": [1, 1, 1]}}, "widths must be"),
+        ({"widths": {"qk_dim": "1", "vo_dim": [], "mlp_dim": []}}, "whole numbers"),
+        (
+            {"widths": {"qk_dim": [99] * 3, "vo_dim": [1] * 3, "mlp_dim": [1] * 3}},
+            "qk_dim = 99 in block 0",
+        ),
+        ({"macs": {"full": 1, "paper": 1}}, "was edited"),
+    ],
+)
+def test_an_edited_sub_network_file_is_named(saved_small, changes, says):
+    edit(saved_small / "spec.json", **changes)
+    with pytest.raises(ValueError, match=rf"spec\.json.*{says}"):
+        checkpoint.load_subnet(saved_small)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "3", "[" * 100_000, "\xff"])
+def test_a_broken_json_is_named(saved_small, text):
+    (saved_small / "spec.json").write_bytes(text.encode("latin1"))
+    with pytest.raises(ValueError, match=r"spec\.json"):
+        checkpoint.load_subnet(saved_small)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, 5000])
+def test_a_file_cut_short_is_named(saved_small, kept):
+    path = saved_small / "params.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"params\.safetensors cannot be read"):
+        checkpoint.load_subnet(saved_small)
+
+
+def test_all_faults_of_the_arrays_are_listed_together(saved_small):
+    path = saved_small / "params.safetensors"
+    flat = load_file(path)
+    del flat["norm.scale"]
+    flat["norm.colour"] = np.zeros(3, np.float32)
+    flat["head.bias"] = np.zeros(6, np.float32)
+    flat["class_token"][3] = np.nan
+    flat["pos_embed"] = flat["pos_embed"].astype(np.int32)
+    save_file(flat, path)
+    with pytest.raises(ValueError, match=r"params\.safetensors .*5 faults") as error:
+        checkpoint.load_subnet(saved_small)
+    for fault in (
+        "missing norm.scale [24]",
+        "surplus norm.colour",
+        "head.bias has shape [6], not [5]",
+        "class_token holds nan or inf",
+        "pos_embed has dtype int32",
+    ):
+        assert fault in str(error.value)
+
+
+def test_a_super_network_of_another_spec_is_refused(saved, supernet):
+    other = supernet.spec.replace(num_classes=7).to_dict()
+    edit(saved / "supernet.json", spec=other)
+    with pytest.raises(ValueError, match=r"arrays does not match(.|\n)*head\.bias"):
+        checkpoint.load_supernet(saved)
+    edit(saved / "supernet.json", spec=supernet.spec.replace(depth=10**6).to_dict())
+    with pytest.raises(ValueError, match="1000000 blocks"):
+        checkpoint.load_supernet(saved)
+
+
+@pytest.mark.parametrize("size", [2**20, 2**40, 10**30])
+def test_sizes_of_an_edited_spec_are_not_allocated(saved_small, small, size):
+    spec = small.spec.replace(image_size=size * 4, num_classes=size)
+    edit(
+        saved_small / "spec.json",
+        spec=spec.to_dict(),
+        macs={c: macs.macs(spec, small.widths, c) for c in macs.CONVENTIONS},
+    )
+    with pytest.raises(ValueError, match=r"params\.safetensors"):
+        checkpoint.load_subnet(saved_small)
+
+
+def test_damaged_arrays_are_named(saved):
+    for path in (saved / "arrays").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match="arrays cannot be read"):
+        checkpoint.load_supernet(saved)
+
+
+def test_what_does_not_match_is_not_saved_either(tmp_path, supernet, small):
+    params = {**supernet.params, "norm": {"scale": jnp.full(24, jnp.nan)}}
+    with pytest.raises(ValueError, match=r"norm\.bias(.|\n)*norm\.scale holds nan"):
+        checkpoint.save_supernet(tmp_path / "a", supernet._replace(params=params))
+    levels = supernet.dropout_list._replace(levels=np.int32(9))
+    with pytest.raises(ValueError, match="levels = 9"):
+        checkpoint.save_supernet(tmp_path / "a", supernet._replace(dropout_list=levels))
+    grown = supernet.dropout_list._replace(mlp_dim=supernet.dropout_list.mlp_dim[::-1])
+    with pytest.raises(ValueError, match="level 0"):
+        checkpoint.save_supernet(tmp_path / "a", supernet._replace(dropout_list=grown))
+    with pytest.raises(ValueError, match="this sub-network does not match"):
+        checkpoint.save_subnet(tmp_path / "a", small._replace(params=supernet.params))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loaded_sub_network_computes_the_same_logits(saved_small, small, batch):
+    got = checkpoint.load_subnet(saved_small)
+    model = vit.ViT(got.spec, got.widths)
+    want = model.apply({"params": small.params}, batch["image"])
+    logits = model.apply({"params": got.params}, batch["image"])
+    np.testing.assert_array_equal(logits, want)

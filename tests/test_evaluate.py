@@ -1,0 +1,162 @@
+"""Scores against plain NumPy, and the sweep's files."""
+
+import csv
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_skd.method import macs, piad, subnet
+from flax_skd.method.spec import SubnetSpec
+from flax_skd.method.vit import ViT
+from flax_skd.run import commands, evaluate, report
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def batches(batch, size=5):
+    """The batch in parts, the last one padded with nonsense of weight 0."""
+    for start in range(0, len(batch["label"]), size):
+        part = {k: v[start : start + size] for k, v in batch.items()}
+        pad = size - len(part["label"])
+        yield {
+            "image": np.pad(part["image"], ((0, pad), (0, 0), (0, 0), (0, 0))),
+            "label": np.pad(part["label"], (0, pad)),
+            "weight": np.pad(part["weight"], (0, pad)),
+        }
+
+
+def test_scores_equal_the_definitions_on_padded_batches(spec, params, batch):
+    spec = spec.replace(num_classes=9)
+    params = {**params, "head": {"kernel": jnp.ones((24, 9)), "bias": jnp.ones(9)}}
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(24, 9)).astype(np.float32)
+    params["head"] = {"kernel": kernel, "bias": np.zeros(9, np.float32)}
+    widths = SubnetSpec.uniform(spec, 4, 5, 11)
+    (score,) = evaluate.evaluate(ViT(spec), params, batches(batch), [widths])
+    masks = subnet.masks(spec, widths)
+    full = log_softmax(ViT(spec).apply({"params": params}, batch["image"]))
+    cut = log_softmax(ViT(spec).apply({"params": params}, batch["image"], masks))
+    labels = batch["label"]
+    ranks = (-cut).argsort(-1)
+    assert score.images == 12
+    assert score.top1 == pytest.approx(100 * (ranks[:, 0] == labels).mean())
+    in_five = (ranks[:, :5] == labels[:, None]).any(-1)
+    assert score.top5 == pytest.approx(100 * in_five.mean())
+    assert score.kl == pytest.approx(
+        (np.exp(full) * (full - cut)).sum(-1).mean(), rel=1e-4
+    )
+    assert score.agreement == pytest.approx(
+        100 * (full.argmax(-1) == ranks[:, 0]).mean()
+    )
+
+
+def test_the_full_network_agrees_with_itself(spec, params, batch):
+    full = SubnetSpec.full(spec)
+    (score,) = evaluate.evaluate(ViT(spec), params, [batch], [full])
+    assert score.agreement == 100 and abs(score.kl) < 1e-6 and score.top5 == 100
+
+
+def test_no_images_is_an_error(spec, params, batch):
+    full = [SubnetSpec.full(spec)]
+    with pytest.raises(ValueError, match="no images to evaluate"):
+        evaluate.evaluate(ViT(spec), params, [], full)
+    empty = {**batch, "weight": np.zeros(12, np.float32)}
+    with pytest.raises(ValueError, match="every image was skipped"):
+        evaluate.evaluate(ViT(spec), params, [empty], full)
+
+
+def test_logits_that_are_not_finite_are_an_error(spec, params, batch):
+    broken = {**params, "norm": {**params["norm"], "bias": jnp.full(24, jnp.nan)}}
+    with pytest.raises(ValueError, match="logits are not finite"):
+        evaluate.evaluate(ViT(spec), broken, [batch], [SubnetSpec.full(spec)])
+
+
+@pytest.mark.parametrize(
+    ("cut", "widths"),
+    [
+        ("attention", (6, 6, 40)),
+        ("qk", (6, 12, 40)),
+        ("vo", (12, 6, 40)),
+        ("mlp", (12, 12, 20)),
+        ("all", (6, 6, 20)),
+    ],
+)
+def test_a_cut_touches_its_own_branches_only(spec, cut, widths):
+    found = evaluate.fixed_cut(spec, cut, 0.5)
+    assert found.widths == SubnetSpec.uniform(spec, *widths)
+
+
+@pytest.mark.parametrize(
+    ("args", "match"),
+    [
+        (("heads", 0.5), "'heads': choose one of attention, qk, vo, mlp, all"),
+        (("qk", 0.0), r"kept = 0.0 must lie in \(0, 1\]"),
+        (("qk", 1.5), r"kept = 1.5 must lie in \(0, 1\]"),
+    ],
+)
+def test_a_cut_that_cannot_be_says_what_can(spec, args, match):
+    with pytest.raises(ValueError, match=match):
+        evaluate.fixed_cut(spec, *args)
+
+
+def supernet(spec, params):
+    return commands.SuperNet(params, spec, piad.uniform(spec, steps=4), {})
+
+
+def test_a_sweep_lists_the_full_network_once_and_levels_on_request(spec, params):
+    net = supernet(spec, params)
+    cuts = commands.cuts_of(net, "all,qk", "1/2,1", every=1)
+    assert [(c.cut, c.kept) for c in cuts] == [("all", 1), ("all", 0.5), ("qk", 0.5)]
+    levels = commands.cuts_of(net, "levels", "", every=2)
+    assert [c.level for c in levels] == [0, 2]
+    (_, half) = commands.cuts_of(net, "budgets", "0.5")
+    limit = macs.macs(spec) / 2
+    assert macs.macs(spec, half.widths) <= limit and half.level > 0
+    assert macs.macs(spec, net.dropout_list.widths(half.level - 1, spec)) > limit
+    with pytest.raises(ValueError, match="write shares like 1/4"):
+        commands.cuts_of(net, "all", "1/0")
+
+
+def test_sweep_rows_have_the_columns_and_survive_their_files(
+    spec, params, batch, tmp_path
+):
+    cuts = commands.cuts_of(supernet(spec, params), "all,mlp", "1/4,1/2")
+    networks = {"one": params, "two": params}
+    seen = []
+    rows = evaluate.sweep(
+        networks, ViT(spec), [batch], cuts, after_each=lambda n, r: seen.append(n)
+    )
+    assert seen == ["one", "two"] and len(rows) == 10
+    assert all(tuple(r) == evaluate.COLUMNS for r in rows)
+    assert rows[1]["macs"] == macs.macs(spec, cuts[1].widths)
+    assert rows[1]["macs_paper"] == macs.macs(spec, cuts[1].widths, "paper")
+    assert rows[1]["params"] == macs.param_count(spec, cuts[1].widths)
+    report.write(tmp_path, rows, title="test")
+    assert json.loads((tmp_path / "sweep.json").read_text()) == rows
+    assert report.read(tmp_path / "sweep.json") == rows
+    with (tmp_path / "sweep.csv").open() as file:
+        assert [r["criterion"] for r in csv.DictReader(file)] == ["one"] * 5 + [
+            "two"
+        ] * 5
+    assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_tables_are_markdown_with_a_line_a_row(spec, params, batch):
+    cuts = commands.cuts_of(supernet(spec, params), "all", "1/2")
+    rows = evaluate.sweep({"wpac": params}, ViT(spec), [batch], cuts)
+    lines = report.table(rows).splitlines()
+    assert len(lines) == 4 and "MACs (full count)" in lines[0]
+    assert report.pivot(rows).splitlines()[0] == "| cut | kept | wpac |"
+
+
+@pytest.mark.parametrize("text", ["{}x", '[{"cut": 1}]', "[3]"])
+def test_a_file_that_is_no_sweep_is_refused_by_name(tmp_path, text):
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(ValueError, match="sweep.json is not a list of sweep rows"):
+        report.read(tmp_path / "sweep.json")

@@ -1,0 +1,326 @@
+"""The program as a user runs it, from files to files, on a tiny network."""
+
+import io
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import flax_skd
+from flax_skd.io import checkpoint, conversion
+from flax_skd.method import macs
+from flax_skd.method.spec import SubnetSpec
+from flax_skd.method.vit import ViT
+from flax_skd.run import config_files, evaluate, main, training
+
+ROOT = pathlib.Path(__file__).parents[1]
+IMAGES = 40
+
+
+@pytest.fixture(scope="module")
+def files(spec, params, tmp_path_factory):
+    """A timm file and a tar of labelled images."""
+    folder = tmp_path_factory.mktemp("files")
+    conversion.write_timm(folder / "tiny.safetensors", params, spec)
+    rng = np.random.default_rng(0)
+    labels = {}
+    with tarfile.open(folder / "images.tar", "w") as tar:
+        for i in range(IMAGES):
+            pixels = rng.integers(0, 256, (20, 18, 3)).astype(np.uint8)
+            _add(tar, f"{i:03d}.png", _png(pixels))
+            labels[f"{i:03d}.png"] = i % spec.num_classes
+        _add(tar, "labels.json", json.dumps(labels).encode())
+    return folder
+
+
+def _png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def _add(tar, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def contract_args(files, workdir, *more):
+    return [
+        "contract",
+        f"--config.model.path={files}/tiny.safetensors",
+        "--config.model.recipe=augreg",
+        "--config.model.fields.num_heads=2",
+        f"--config.data.source=tar:{files}/images.tar",
+        "--config.data.images=32",
+        "--config.data.batch_size=16",
+        f"--workdir={workdir}",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def supernet(files):
+    workdir = files / "supernet"
+    args = contract_args(files, workdir, "--config.compare=taylor1,random")
+    assert main.main(args) == 0
+    return workdir
+
+
+def test_contract_writes_a_network_with_the_same_logits(
+    supernet, files, spec, params, batch
+):
+    loaded = checkpoint.load_supernet(supernet)
+    spec = spec.replace(crop_fraction=loaded.spec.crop_fraction)
+    assert loaded.spec == spec and int(loaded.dropout_list.levels) == 31
+    before = ViT(spec).apply({"params": params}, batch["image"])
+    for folder in (supernet, f"{supernet}-taylor1", f"{supernet}-random"):
+        turned = checkpoint.load_supernet(folder).params
+        after = ViT(spec).apply({"params": turned}, batch["image"])
+        np.testing.assert_allclose(after, before, atol=1e-5)
+    facts = loaded.provenance
+    assert facts["criterion"] == "wpac" and facts["calibration_images"] == 32
+    assert facts["source"]["file"] == "tiny.safetensors"
+    assert re.fullmatch("[0-9a-f]{64}", facts["source"]["sha256"])
+    assert facts["flax_skd"] == flax_skd.__version__
+
+
+def test_sweep_writes_a_table_and_resumes_with_the_criteria_it_lacks(
+    supernet, files, capsys
+):
+    out = files / "sweep"
+    args = ["sweep", f"--workdir={supernet}", f"--out={out}", "--config.kept=1/2,3/4"]
+    args += [f"--config.data.source=tar:{files}/images.tar"]
+    args += ["--config.data.batch_size=16", "--config.cuts=attention,mlp"]
+    assert main.main(args) == 0
+    assert "| attention |" in capsys.readouterr().out.replace("  ", "")
+    first = json.loads((out / "sweep.json").read_text())
+    assert len(first) == 5 and first[0]["images"] == IMAGES
+    assert tuple(first[0]) == evaluate.COLUMNS
+    assert main.main(args) == 1  # nothing is overwritten silently
+    assert "pass --resume" in capsys.readouterr().err
+    assert main.main([*args, "--resume", "--config.compare=taylor1"]) == 0
+    both = json.loads((out / "sweep.json").read_text())
+    assert both[:5] == first and {r["criterion"] for r in both[5:]} == {"taylor1"}
+
+
+def test_extract_writes_the_largest_network_within_the_budget(
+    supernet, files, batch, capsys
+):
+    out = files / "half"
+    args = ["extract", f"--workdir={supernet}", f"--out={out}"]
+    assert main.main([*args, "--budget=0.5"]) == 0
+    assert "MACs (full count)" in capsys.readouterr().out
+    small, whole = checkpoint.load_subnet(out), checkpoint.load_supernet(supernet)
+    level = small.provenance["level"]
+    limit = macs.macs(whole.spec) / 2
+    assert macs.macs(small.spec, small.widths) <= limit
+    bigger = whole.dropout_list.widths(level - 1, whole.spec)
+    assert macs.macs(whole.spec, bigger) > limit
+    masked = ViT(whole.spec).apply(
+        {"params": whole.params},
+        batch["image"],
+        flax_skd.masks(whole.spec, small.widths),
+    )
+    alone = ViT(small.spec, small.widths).apply(
+        {"params": small.params}, batch["image"]
+    )
+    np.testing.assert_allclose(alone, masked, atol=1e-5)
+    assert main.main([*args, "--params=12000"]) == 1
+    assert "not empty" in capsys.readouterr().err
+    assert main.main([*args, "--params=12000", "--overwrite"]) == 0
+    small = checkpoint.load_subnet(out)
+    assert macs.param_count(small.spec, small.widths) <= 12000
+
+
+def test_convert_writes_our_format_and_timm_back_bit_for_bit(files, spec, params):
+    args = ["convert", "--config.model.recipe=augreg"]
+    source = f"--config.model.path={files}/tiny.safetensors"
+    heads = "--config.model.fields.num_heads=2"
+    assert main.main([*args, source, heads, f"--workdir={files}/network"]) == 0
+    loaded = checkpoint.load_supernet(files / "network")
+    for a, b in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(params)):
+        np.testing.assert_array_equal(a, b)
+    back = f"--workdir={files}/back.safetensors"
+    assert main.main([*args, f"--config.model.path={files}/network", back]) == 0
+    again = conversion.read(
+        files / "back.safetensors", recipe="augreg", fields={"num_heads": 2}
+    )
+    for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(params)):
+        np.testing.assert_array_equal(a, b)
+
+
+BAD = {
+    "no command": (["shrink"], 2, "no command 'shrink'"),
+    "unknown flag": (["extract", "--workdr=x"], 2, "workdr"),
+    "unknown config key": (
+        ["contract", "--workdir=x", "--config.data.sauce=y"],
+        2,
+        "no entry 'sauce'",
+    ),
+    "wrong type": (["contract", "--workdir=x", "--config.levels=many"], 2, "levels"),
+    "no workdir": (["contract"], 2, "--workdir is needed"),
+    "surplus words": (["contract", "--workdir=x", "y"], 2, "surplus arguments"),
+    "no config": (["train", "--workdir=x", "--config=no.py"], 2, "shipped with"),
+    "no network": (["contract", "--workdir={tmp}/x"], 1, "give --config.model.path"),
+    "no budget": (["extract", "--workdir=x", "--out=y"], 1, "exactly one of --budget"),
+    "two budgets": (
+        ["extract", "--workdir=x", "--out=y", "--budget=.5", "--macs=9"],
+        1,
+        "exactly one of --budget",
+    ),
+    "budget above 1": (
+        ["extract", "--workdir=x", "--out=y", "--budget=2"],
+        1,
+        "--budget is a share",
+    ),
+    "unreachable budget": (
+        ["extract", "--workdir={files}/supernet", "--out={tmp}/y", "--budget=0.001"],
+        1,
+        "the smallest sub-network",
+    ),
+    "not a super-network": (
+        ["extract", "--workdir={files}", "--out={tmp}/y", "--budget=0.5"],
+        1,
+        "not a super-network directory",
+    ),
+}
+
+
+@pytest.mark.parametrize(("args", "status", "match"), BAD.values(), ids=BAD)
+def test_a_bad_call_ends_with_one_clear_line(
+    supernet, files, tmp_path, capsys, args, status, match
+):
+    args = [a.format(files=files, tmp=tmp_path) for a in args]
+    assert main.main(args) == status
+    error = capsys.readouterr().err
+    assert match in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (["--config.data.images=41"], "41"),
+        (["--config.data.images=5"], "batch"),
+        (["--config.cost=nice"], "cost 'nice': choose one of"),
+        (["--config.criterion=best"], "criterion 'best': choose one of"),
+        (["--config.dtype=float8"], "dtype 'float8': choose one of"),
+        (["--config.model.fields.num_heads=5"], "5"),
+        (["--config.data.source=zip:x"], "zip:x"),
+    ],
+)
+def test_a_bad_config_value_says_what_is_allowed(files, tmp_path, capsys, more, match):
+    if "=5" in more[0] and "images" in more[0]:
+        more = [*more, "--config.data.batch_size=5"]  # does not divide 8 devices
+    assert main.main([*contract_args(files, tmp_path / "x"), *more]) == 1
+    error = capsys.readouterr().err
+    assert match in error and "Traceback" not in error
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_workdir_that_holds_a_run_is_found_before_the_long_pass(
+    supernet, files, capsys
+):
+    before = (supernet / "supernet.json").read_bytes()
+    assert main.main(contract_args(files, supernet)) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert (supernet / "supernet.json").read_bytes() == before
+
+
+def test_help_names_every_command_flag_and_config_entry(capsys):
+    assert main.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name}" in text for name in main.COMMANDS)
+    for name, command in main.COMMANDS.items():
+        assert main.main([name, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert all(f"--{flag}" in text for flag in command.flags)
+    assert main.main(["contract", "--help"]) == 0
+    assert "--config.data.batch_size" in capsys.readouterr().out
+
+
+def test_configs_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = config_files.load("configs/wpac.py:Ti/16")
+    assert config.model.variant == "Ti/16"
+    assert config_files.load("wpac.py").model.variant == ""
+
+
+def test_every_shipped_config_names_a_network_or_data_it_can_build():
+    big = config_files.load("configs/scratch.py:S/16")
+    assert macs.param_count(training.spec_of(big.model)) == 22_050_664
+    small = training.spec_of(config_files.load("configs/scratch.py").model)
+    assert small.in_channels == 1 and SubnetSpec.full(small).check(small)
+
+
+TRAIN = ["train", "--config.epochs=1", "--config.warmup_epochs=0"]
+TRAIN += ["--config.evaluate_epochs=1", "--config.checkpoint_every=10"]
+
+
+def test_train_learns_digits_saves_the_network_and_protects_it(tmp_path, capsys):
+    args = [*TRAIN, f"--workdir={tmp_path}/run"]
+    assert main.main(args) == 0
+    assert re.search(r"ema_top1 \d+\.\d+ %", capsys.readouterr().out)
+    network = checkpoint.load_supernet(tmp_path / "run" / training.NETWORK)
+    assert network.spec.num_classes == 10 and int(network.dropout_list.levels) == 0
+    assert main.main(args) == 1
+    assert "--resume" in capsys.readouterr().err
+    assert main.main([*args, "--resume", "--config.lr=0.5"]) == 1
+    assert "lr" in capsys.readouterr().err
+
+
+def test_the_demo_runs_as_the_readme_says(tmp_path):
+    program = [sys.executable, "-m", "flax_skd.run.main", "demo", "--fast"]
+    done = subprocess.run(
+        program, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = tmp_path / "flax_skd_demo"
+    rows = json.loads((folder / "sweep.json").read_text())
+    top1 = {(r["criterion"], r["kept"]): r["top1"] for r in rows}
+    assert top1["wpac", 1.0] == pytest.approx(top1["none", 1.0], abs=0.5)
+    assert top1["wpac", 0.75] > top1["none", 0.75] + 10
+    assert {r["kept"] for r in rows} == {i / 8 for i in range(1, 9)}
+    assert (folder / "sweep.csv").exists() and (folder / "sweep.png").exists()
+    small = checkpoint.load_subnet(folder / "subnet")
+    whole = checkpoint.load_supernet(folder / "supernet")
+    assert macs.branch_fraction(small.spec, small.widths) == pytest.approx(
+        0.5, abs=0.02
+    )
+    assert whole.provenance["criterion"] == "wpac"
+    assert "Half-size network reloaded from disk" in done.stdout
+    again = subprocess.run(
+        program, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 1 and "--overwrite" in again.stderr
+
+
+def test_the_readme_leads_with_the_two_commands_and_ci_runs_the_second():
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```\w*\n(.*?)```", readme, re.DOTALL)
+    assert blocks[0].split("\n")[0] == "pip install . && flax-skd demo"
+    assert "pip install '.[test]' && pytest" in blocks[1]
+    assert "pip install '.[test]' && pytest" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_twelve_lines_of_the_readme_run(files, monkeypatch):
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(code.strip().splitlines()) <= 13
+    monkeypatch.chdir(files)
+    # The tiny network instead of the real one; its tar has labels of its own.
+    code = code.replace("vit_tiny.safetensors", "tiny.safetensors")
+    code = code.replace('variant="Ti/16"', 'fields={"num_heads": 2}')
+    code = code.replace('"tar:calibration.tar", labels="sorted"', '"tar:images.tar"')
+    names = {}
+    exec(code, names)  # noqa: S102, our own README
+    spec, widths = names["net"].spec, names["widths"]
+    assert names["logits"].shape == (50, spec.num_classes)
+    assert macs.macs(spec, widths) <= 0.75 * macs.macs(spec)
