@@ -1,5 +1,6 @@
 """A training run on disk: `checkpoints` (orbax) and `log.jsonl` in one workdir."""
 
+import logging
 import os
 import pathlib
 import shutil
@@ -7,10 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 
 from flax_skd.io.directory import as_json, barrier, local
 from flax_skd.io.extras import require
+
+_LOG = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 LOG = "log.jsonl"
@@ -193,10 +195,10 @@ class Checkpoints:
         if self.manager is None:
             raise ValueError("a run without a workdir cannot be resumed: give one.")
         if self.manager.latest_step() is None:
-            logging.warning("nothing to resume in %s", self.manager.directory)
+            _LOG.warning("nothing to resume in %s", self.manager.directory)
             return state
         state = restore(self.manager, state=state, **self._items)
-        logging.info("resumed after step %d", self.manager.latest_step())
+        _LOG.info("resumed after step %d", self.manager.latest_step())
         return state
 
     def save(self, step: int, state: Any) -> None:

@@ -225,9 +225,10 @@ def main(arguments: list[str]) -> int:
         return 2
     except (AttributeError, KeyError) as error:
         # ml_collections raises either for an entry that a locked config lacks.
+        entry = str(error.args[0]).strip("\"'")
+        lists = f"flax-skd {name} --help lists them"
         print(
-            f"flax-skd {name}: the config has no entry {error.args[0]}; "
-            f"flax-skd {name} --help lists them.",
+            f"flax-skd {name}: no entry {entry!r} in the config; {lists}.",
             file=sys.stderr,
         )
         return 2

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import time
@@ -9,9 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from absl import logging
 
 from flax_skd.io.extras import require
+
+_LOG = logging.getLogger(__name__)
 
 
 class Progress:
@@ -116,7 +118,7 @@ class Progress:
             return
         row = {k: float(v) for k, v in row.items()}  # numpy's and jax's too
         text = ", ".join(f"{k} {v:.5g}" for k, v in row.items())
-        logging.info("step %d/%d: %s", step, self._steps, text)
+        _LOG.info("step %d/%d: %s", step, self._steps, text)
         if self._path:
             with self._path.open("a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": step, **row}) + "\n")

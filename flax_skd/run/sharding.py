@@ -86,8 +86,13 @@ def copy_to(tree: Any, places: Any) -> Any:
       places: of `param_sharding`.
     """
     if jax.process_count() == 1:
-        return jax.device_put(tree, places, may_alias=False)
-    return jax.tree.map(_copy_to_hosts, tree, places)
+        there = jax.device_put(tree, places)
+    else:
+        there = jax.tree.map(_copy_to_hosts, tree, places)
+    # The CPU devices of one process may share the memory of what is put on all of
+    # them; donating that frees it many times. What a computation returns is its own.
+    copy = jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings=places)
+    return copy(there)
 
 
 def _copy_to_hosts(x: Any, place: NamedSharding) -> jax.Array:

@@ -181,7 +181,8 @@ def fit(
             resume=resume,
         )
         stack.callback(disk.close)
-        state = disk.restore(state) if resume else state
+        if resume:
+            state = sharding.copy_to(disk.restore(state), place)
         start = int(state.step)
         progress = Progress(
             disk.workdir and disk.workdir / run_state.LOG,
