@@ -7,7 +7,7 @@ import pytest
 import reference
 from conftest import shake
 
-from flax_skd.method import macs, subnet, vit
+from flax_skd.method import attention, macs, subnet, vit
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
 
@@ -80,8 +80,8 @@ def test_attention_functions_agree_at_unequal_widths():
     q, k, v = (jax.random.normal(a, (2, 3, 7, w)) for a, w in zip(keys, (4, 4, 6)))
     for args in ((q, k, v), (v, v, q)):
         np.testing.assert_allclose(
-            vit.dot_product_attention(*args, 0.3),
-            vit.einsum_attention(*args, 0.3),
+            attention.dot_product_attention(*args, 0.3),
+            attention.einsum_attention(*args, 0.3),
             atol=1e-5,
         )
 
@@ -89,7 +89,7 @@ def test_attention_functions_agree_at_unequal_widths():
 def test_attention_survives_scores_that_overflow_exp():
     q = jnp.full((1, 1, 3, 2), 100.0)
     v = jnp.arange(6.0).reshape(1, 1, 3, 2)
-    have = vit.einsum_attention(q, q, v, 1.0)
+    have = attention.einsum_attention(q, q, v, 1.0)
     np.testing.assert_allclose(have[0, 0, 0], [2.0, 3.0], atol=1e-6)
 
 

@@ -8,13 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flax_skd.method.attention import einsum_attention
+from flax_skd.method.layers import Array, Linear, layer_norm, times
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 
-Array = jax.Array
 Params = dict[str, Any]
 Taps = Callable[[int, str, Array], Array]
 
-_kernel_init = nn.initializers.variance_scaling
 _embed_init = nn.initializers.normal(0.02)
 
 
@@ -34,96 +34,6 @@ class BlockMasks(NamedTuple):
     mlp: Array
     attn_gate: Array
     mlp_gate: Array
-
-
-def einsum_attention(q: Array, k: Array, v: Array, scale: float) -> Array:
-    """softmax(scale q k^T) v, the reference attention.
-
-    Args:
-      q, k: [B, H, N, qk_dim].
-      v: [B, H, N, vo_dim].
-      scale: of the full head at every cut, `ViTSpec.head_dim ** -0.5`.
-
-    Returns:
-      [B, H, N, vo_dim]. The division by the softmax sum comes after the product with
-      v: it then touches N d numbers instead of N^2.
-    """
-    scores = jnp.einsum(
-        "bhqd,bhkd->bhqk", q * scale, k, preferred_element_type=jnp.float32
-    )
-    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    weights = jnp.exp(scores - top)
-    mixed = jnp.einsum(
-        "bhqk,bhkd->bhqd",
-        weights.astype(v.dtype),
-        v,
-        preferred_element_type=jnp.float32,
-    )
-    return (mixed / weights.sum(-1, keepdims=True)).astype(v.dtype)
-
-
-def dot_product_attention(q: Array, k: Array, v: Array, scale: float) -> Array:
-    """`einsum_attention` by `jax.nn.dot_product_attention`, for accelerators.
-
-    That function wants equal widths of q and v; the narrower is padded with zeros,
-    which changes nothing.
-    """
-    width = max(q.shape[-1], v.shape[-1])
-    q, k, padded_v = (
-        jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1]))).swapaxes(1, 2)
-        for x in (q, k, v)
-    )
-    mixed = jax.nn.dot_product_attention(q, k, padded_v, scale=scale)
-    return mixed.swapaxes(1, 2)[..., : v.shape[-1]]
-
-
-class Linear(nn.Module):
-    """einsum(equation, x, kernel), plus a bias along the axes the kernel makes."""
-
-    equation: str
-    shape: tuple[int, ...]
-    use_bias: bool = True
-    dtype: Any = jnp.float32
-    kernel_init: Any = None
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        inputs, out = self.equation.split("->")
-        x_axes, kernel_axes = inputs.split(",")
-        made = [a for a in kernel_axes if a not in x_axes]
-        init = self.kernel_init or _kernel_init(
-            1.0,
-            "fan_in",
-            "truncated_normal",
-            in_axis=[i for i, a in enumerate(kernel_axes) if a not in made],
-            out_axis=[i for i, a in enumerate(kernel_axes) if a in made],
-        )
-        kernel = self.param("kernel", init, self.shape)
-        y = jnp.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
-        if self.use_bias:
-            sizes = dict(zip(kernel_axes, self.shape))
-            bias = self.param(
-                "bias", nn.initializers.zeros, tuple(sizes[a] for a in made)
-            )
-            bias = bias.reshape([sizes[a] if a in made else 1 for a in out])
-            y = y + bias.astype(self.dtype)
-        return y
-
-
-def _layer_norm(spec: ViTSpec, name: str, x: Array) -> Array:
-    # In float32, and the variance from centred values: E[x^2] - E[x]^2 loses digits
-    # on the few residual channels with a large mean.
-    norm = nn.LayerNorm(epsilon=spec.norm_eps, use_fast_variance=False, name=name)
-    return norm(x.astype(jnp.float32))
-
-
-def _times(x: Array, mask: Array | None) -> Array:
-    """Multiplies the last axis of x by a mask of shape [d] or [B, d]."""
-    if mask is None:
-        return x
-    rows = mask.shape[:-1] or (1,)
-    shape = rows + (1,) * (x.ndim - 2) + mask.shape[-1:]
-    return x * mask.reshape(shape).astype(x.dtype)
 
 
 class Block(nn.Module):
@@ -149,13 +59,13 @@ class Block(nn.Module):
         ):
             if not (self.qk_dim if number == 1 else self.mlp_dim):
                 continue
-            y = branch(_layer_norm(self.spec, f"norm{number}", x), masks, tap)
+            y = branch(layer_norm(f"norm{number}", x, self.spec.norm_eps), masks, tap)
             if self.spec.layer_scale:
                 scale = self.param(
                     f"layer_scale{number}", nn.initializers.ones, (self.spec.width,)
                 )
-                y = _times(y, scale)
-            x = x + (y if gate is None else _times(y, gate[..., None]))
+                y = times(y, scale)
+            x = x + (y if gate is None else times(y, gate[..., None]))
         return x
 
     def _attn(self, x: Array, masks: BlockMasks, tap) -> Array:
@@ -186,9 +96,9 @@ class _Heads(nn.Module):
             )
             return tap(name, linear(x))
 
-        q = _times(project("query", self.qk_dim), masks.qk)
+        q = times(project("query", self.qk_dim), masks.qk)
         k = project("key", self.qk_dim)
-        v = _times(project("value", self.vo_dim), masks.vo)
+        v = times(project("value", self.vo_dim), masks.vo)
         # The scale is the full head's: a cut head is a part of it, not another head.
         z = self.attention(q, k, v, spec.head_dim**-0.5)
         shape = (spec.num_heads, self.vo_dim, spec.width)
@@ -205,7 +115,7 @@ class _MLP(nn.Module):
         width = self.spec.width
         fc1 = Linear("bnd,dm->bnm", (width, self.mlp_dim), dtype=self.dtype, name="fc1")
         hidden = nn.gelu(fc1(x), approximate=self.spec.gelu == "tanh")
-        hidden = _times(tap("hidden", hidden), masks.mlp)
+        hidden = times(tap("hidden", hidden), masks.mlp)
         fc2 = Linear("bnm,md->bnd", (self.mlp_dim, width), dtype=self.dtype, name="fc2")
         return fc2(hidden)
 
@@ -297,7 +207,9 @@ class ViT(nn.Module):
         if spec.pos_embed_prefix:
             x = x + position
         return (
-            _layer_norm(spec, "pre_norm", x).astype(self.dtype) if spec.pre_norm else x
+            layer_norm("pre_norm", x, spec.norm_eps).astype(self.dtype)
+            if spec.pre_norm
+            else x
         )
 
     def _prefix(self, batch: int) -> list[Array]:
@@ -319,13 +231,13 @@ class ViT(nn.Module):
     def _head(self, x: Array) -> Array:
         spec = self.spec
         if not spec.fc_norm:
-            x = _layer_norm(spec, "norm", x)
+            x = layer_norm("norm", x, spec.norm_eps)
         if spec.pool == "avg":
             pooled = [x[:, spec.num_prefix :].mean(1)]
         else:
             pooled = [x[:, i] for i in range(1 + spec.distilled)]
         if spec.fc_norm:
-            pooled = [_layer_norm(spec, "fc_norm", p) for p in pooled]
+            pooled = [layer_norm("fc_norm", p, spec.norm_eps) for p in pooled]
         if spec.pre_logits:
             shape = (spec.width, spec.pre_logits)
             pooled[0] = jnp.tanh(

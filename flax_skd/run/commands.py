@@ -1,24 +1,19 @@
 """What each subcommand does, from a config to files: load, compute, save, report."""
 
 import fractions
-import functools
 import logging
 import pathlib
-import sys
-from collections.abc import Iterable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 import flax_skd
-from flax_skd.io import checkpoint, conversion, data, directory, sources
+from flax_skd.io import checkpoint, conversion, data, directory
 from flax_skd.io.checkpoint import SubNet, SuperNet
-from flax_skd.io.extras import require
-from flax_skd.method import contraction, costs, macs, piad, statistics, subnet, vit
-from flax_skd.method.spec import SubnetSpec, ViTSpec
+from flax_skd.method import contraction, costs, macs, piad, statistics, subnet
+from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
-from flax_skd.run import evaluate, report, sharding
+from flax_skd.run import evaluate, feed, report, sharding
 
 _LOG = logging.getLogger(__name__)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -75,57 +70,6 @@ def stamped(network: SuperNet, facts: dict[str, Any]) -> SuperNet:
     return network._replace(provenance=facts)
 
 
-def open_images(section: Any, spec: ViTSpec) -> sources.Source:
-    """The source that the `data` section of a config names, labels checked."""
-    if not section.source:
-        raise ValueError(
-            "no images: give --config.data.source, for example tar:IMAGES.tar, "
-            "folder:DIR, npz:FILE, tfds:NAME:SPLIT or digits:test."
-        )
-    return sources.open_source(
-        section.source,
-        labels=section.labels or None,
-        num_classes=spec.num_classes or None,
-    )
-
-
-def batches_of(section: Any, spec: ViTSpec, *, seed: int) -> data.EvalBatches:
-    """Evaluation batches of the `data` section of a config; 0 images for all."""
-    source = open_images(section, spec)
-    if section.images:
-        source = sources.take(source, section.images, seed=seed)
-    return data.eval_batches(
-        source, spec, batch_size=section.batch_size, on_bad_image=section.on_bad_image
-    )
-
-
-def on_mesh(batches: Iterable[Any], mesh: jax.sharding.Mesh) -> Iterable[Any]:
-    """The batches as global arrays, examples shared out over the mesh."""
-    for batch in batches:
-        yield sharding.shard_batch(batch, mesh)
-
-
-class _Repeatable:
-    """An iterable from a function that makes iterators."""
-
-    def __init__(self, make):
-        self._make = make
-
-    def __iter__(self):
-        return self._make()
-
-
-def _progress(what: str, total: int):
-    """A tqdm bar in images on the first process; a line a minute off a terminal."""
-    return require("tqdm").tqdm(
-        total=total,
-        desc=what,
-        unit="img",
-        mininterval=0.2 if sys.stderr.isatty() else 60,
-        disable=jax.process_index() > 0,
-    )
-
-
 def calibrate(
     network: SuperNet, batches: data.EvalBatches, *, cost: str, dtype: Any, weightings
 ) -> statistics.Statistics:
@@ -134,24 +78,20 @@ def calibrate(
     spec = network.spec
     cost = costs.cost_named(cost, spec.num_classes)
     model = ViT(spec, dtype=dtype)
-    with _progress("statistics", batches.num_examples) as bar:
+    with feed.progress("statistics", batches.num_examples) as bar:
 
         def counted():
-            for batch in on_mesh(batches, mesh):
+            for batch in feed.OnMesh(batches, mesh):
                 yield batch
                 bar.update(int(batch["weight"].sum()))
 
         return statistics.collect(
             model,
-            _placed(network.params, mesh),
+            feed.placed(network.params, mesh),
             counted(),
             cost=cost,
             weightings=weightings,
         )
-
-
-def _placed(params: vit.Params, mesh: jax.sharding.Mesh) -> vit.Params:
-    return jax.device_put(params, sharding.param_sharding(params, mesh))
 
 
 def contract(config: Any, *, workdir: str, overwrite: bool) -> str:
@@ -167,7 +107,7 @@ def contract(config: Any, *, workdir: str, overwrite: bool) -> str:
     network = load_network(config.model)
     stats = calibrate(
         network,
-        batches_of(config.data, network.spec, seed=config.seed),
+        feed.batches_of(config.data, network.spec, seed=config.seed),
         cost=config.cost,
         dtype=dtype_named(config.dtype),
         weightings=tuple(sorted({w for c in chosen.values() for w in c.weightings})),
@@ -244,7 +184,7 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
         k: v for k, v in networks.items() if k not in {r["criterion"] for r in done}
     }
     cuts = cuts_of(main, config.cuts, config.kept, every=config.every)
-    batches = batches_of(config.data, main.spec, seed=config.seed)
+    batches = feed.batches_of(config.data, main.spec, seed=config.seed)
     title = f"{batches.num_examples} images of {batches.source.name}"
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -279,11 +219,11 @@ def run_sweep(networks, model, batches, cuts, *, after_each=lambda name, rows: N
     """`evaluate.sweep` over the mesh, with a progress bar."""
     mesh = sharding.mesh()
     total = len(networks) * len(cuts) * len(batches) * batches.batch_size
-    with _progress("sweep", total) as bar:
+    with feed.progress("sweep", total) as bar:
         return evaluate.sweep(
-            {name: _placed(p, mesh) for name, p in networks.items()},
+            {name: feed.placed(p, mesh) for name, p in networks.items()},
             model,
-            _Repeatable(functools.partial(on_mesh, batches, mesh)),
+            feed.OnMesh(batches, mesh),
             cuts,
             progress=bar.update,
             after_each=after_each,

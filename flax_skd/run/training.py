@@ -12,7 +12,7 @@ from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import piad, vit
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
-from flax_skd.run import commands, evaluate, sharding
+from flax_skd.run import commands, evaluate, feed, sharding
 from flax_skd.run import train as loop
 
 AUGMENTS = {
@@ -65,7 +65,7 @@ def train(config: Any, *, workdir: str, overwrite: bool, resume: bool) -> str:
     if config.program != "scratch":
         raise ValueError(f"program {config.program!r}: this version trains 'scratch'.")
     spec = spec_of(config.model)
-    source = commands.open_images(config.data, spec)
+    source = feed.open_images(config.data, spec)
     model = ViT(spec, dtype=commands.dtype_named(config.dtype), remat=config.remat)
     per_epoch = len(source) // config.data.batch_size
     steps = round(config.epochs * per_epoch)
@@ -138,7 +138,7 @@ def _evaluator(config: Any, model: ViT, latest: dict[str, float]):
     def evaluator(state):
         for name, params in (("raw", state.params), ("ema", state.ema)):
             score = evaluate.evaluate(
-                model, params, commands.on_mesh(batches, mesh), [SubnetSpec.full(spec)]
+                model, params, feed.OnMesh(batches, mesh), [SubnetSpec.full(spec)]
             )
             latest[f"{name}_top1"] = score[0].top1
         return dict(latest)

@@ -1,0 +1,67 @@
+"""Images and parameters onto the mesh, with a bar to watch."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+
+from flax_skd.io import data, sources
+from flax_skd.io.extras import require
+from flax_skd.method.spec import ViTSpec
+from flax_skd.method.vit import Params
+from flax_skd.run import sharding
+
+
+def open_images(section: Any, spec: ViTSpec) -> sources.Source:
+    """The source that the `data` section of a config names, labels checked."""
+    if not section.source:
+        raise ValueError(
+            "no images: give --config.data.source, for example tar:IMAGES.tar, "
+            "folder:DIR, npz:FILE, tfds:NAME:SPLIT or digits:test."
+        )
+    return sources.open_source(
+        section.source,
+        labels=section.labels or None,
+        num_classes=spec.num_classes or None,
+    )
+
+
+def batches_of(section: Any, spec: ViTSpec, *, seed: int) -> data.EvalBatches:
+    """Evaluation batches of the `data` section of a config; 0 images for all."""
+    source = open_images(section, spec)
+    if section.images:
+        source = sources.take(source, section.images, seed=seed)
+    return data.eval_batches(
+        source, spec, batch_size=section.batch_size, on_bad_image=section.on_bad_image
+    )
+
+
+class OnMesh:
+    """Batches as global arrays, examples shared out over the mesh.
+
+    Iterating again starts again, if the batches can.
+    """
+
+    def __init__(self, batches: Iterable[Any], mesh: jax.sharding.Mesh):
+        self._batches, self._mesh = batches, mesh
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            yield sharding.shard_batch(batch, self._mesh)
+
+
+def progress(what: str, total: int):
+    """A tqdm bar in images on the first process; a line a minute off a terminal."""
+    return require("tqdm").tqdm(
+        total=total,
+        desc=what,
+        unit="img",
+        mininterval=0.2 if sys.stderr.isatty() else 60,
+        disable=jax.process_index() > 0,
+    )
+
+
+def placed(params: Params, mesh: jax.sharding.Mesh) -> Params:
+    """The parameters on the mesh."""
+    return jax.device_put(params, sharding.param_sharding(params, mesh))
