@@ -73,6 +73,7 @@ class EvalBatches:
 
     @property
     def num_examples(self) -> int:
+        """Images, those that turn out not to decode included."""
         return len(self.indices)
 
     @property
