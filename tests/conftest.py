@@ -24,6 +24,8 @@ CACHE = pathlib.Path(tempfile.gettempdir()) / "flax_skd_jax_cache"
 def pytest_configure():
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
+    # Eight devices share two cores: programs in flight at once may wait for each other.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     # Programs that tests start share the cache.

@@ -41,6 +41,7 @@ FLOORS = {
     **dict.fromkeys(
         [
             *("run.sharding", "run.train", "run.objective", "run.optimizer"),
+            *("run.interrupt", "run.distillation"),
             *("run.progress", "run.evaluate", "run.report"),
         ],
         5,
@@ -48,7 +49,7 @@ FLOORS = {
     **dict.fromkeys(
         [
             *("run.main", "run.commands", "run.demo", "run.training"),
-            *("run.config_files", "run.feed"),
+            *("run.config_files", "run.feed", "run.programs"),
         ],
         6,
     ),

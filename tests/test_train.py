@@ -54,7 +54,7 @@ def batches(source=None, repeat=None):
     return iter(data.repeat(repeat).batch(4, drop_remainder=True).to_iter_dataset())
 
 
-def linear_loss(params, batch, rng, step):
+def linear_loss(params, batch, rng, state):
     """Quick to compile: the loop does not care what it trains."""
     x = batch["image"].reshape(-1, 192).astype(jnp.float32) / 255 - 0.5
     x = x * (1 + jax.random.key_data(rng)[0].astype(jnp.float32) / 2.0**32)
@@ -240,9 +240,9 @@ def test_a_run_killed_outright_resumes_to_the_bit(tmp_path, uninterrupted):
 def spoiled_loss(what):
     """The fourth step's loss, or only its gradient, is not finite."""
 
-    def loss(params, batch, rng, step):
-        value, metrics = linear_loss(params, batch, rng, step)
-        x = jnp.where(step == 3, params["bias"].sum() * 0, 1.0)
+    def loss(params, batch, rng, state):
+        value, metrics = linear_loss(params, batch, rng, state)
+        x = jnp.where(state.step == 3, params["bias"].sum() * 0, 1.0)
         # At 0 the square root has a value and no slope.
         return value + (jnp.sqrt(x) if what == "gradient" else 1 / x - 1), metrics
 
@@ -265,7 +265,7 @@ def test_a_loss_that_is_not_finite_names_step_examples_and_checkpoint(tmp_path, 
 def test_parameters_that_overflow_are_not_saved(tmp_path):
     params = jax.tree.map(lambda x: x + 1e20, linear_params())
 
-    def loss(params, batch, rng, step):
+    def loss(params, batch, rng, state):
         return (params["kernel"] * 1e-30).sum() + params["bias"][0] * 0, {}
 
     with pytest.raises(train.NonFiniteLossError, match=r"param_norm.*checkpoint: none"):
@@ -447,16 +447,16 @@ def test_the_loss_trains_a_masked_sub_network():
     widths = SubnetSpec((8, 0), (8, 0), (24, 0))
     calls = []
 
-    def masks_of(rng, size, step):
+    def masks_of(rng, size, state):
         calls.append(size)
-        return subnet.masks(SPEC, widths)
+        return subnet.masks(SPEC, widths), {}
 
     loss = objective.classification_loss(ViT(SPEC), masks_of=masks_of)
     batch = next(batches())
     batch = {k: jnp.asarray(v) for k, v in batch.items()}
     params = vit.init(SPEC, jax.random.key(0))
     params["head"]["kernel"] += 0.1 * jax.random.normal(jax.random.key(1), (16, 3))
-    value, metrics = loss(params, batch, jax.random.key(0), jnp.int32(0))
+    value, metrics = loss(params, batch, jax.random.key(0), None)
     cut = ViT(SPEC, widths).apply(
         {"params": subnet.extract(params, widths)}, batch["image"]
     )

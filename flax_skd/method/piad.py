@@ -102,6 +102,40 @@ def sample_level(rng: jax.Array, dropout_list: DropoutList, shape=()) -> jax.Arr
     return jax.random.randint(rng, shape, 0, dropout_list.levels + 1)
 
 
+def macs_share(spec: ViTSpec, widths: SubnetSpec) -> jax.Array:
+    """MACs of traced widths over those of the full network, full count, float32.
+
+    Args:
+      spec: the full network.
+      widths: integer arrays [..., L].
+
+    Returns:
+      [...]; for logs and for drawing, the exact count is `macs.macs`.
+    """
+    cost, full = macs.costs(spec), macs.macs(spec)
+    share = jnp.float32(cost.embed_and_head / full)
+    for field, price in zip(widths, (cost.qk, cost.vo, cost.mlp)):
+        share = share + field.sum(-1).astype(jnp.float32) * (price / full)
+    return share
+
+
+def sample_level_by_macs(
+    rng: jax.Array, dropout_list: DropoutList, shape=(), *, spec: ViTSpec
+) -> jax.Array:
+    """Levels drawn so that their MACs are uniform between smallest and full.
+
+    A list has many levels where importance is low; this spends the steps evenly over
+    sizes instead. `functools.partial(sample_level_by_macs, spec=spec)` is a `draw`.
+    """
+    rows = jnp.arange(dropout_list.qk_dim.shape[0])
+    shares = macs_share(spec, dropout_list.row(rows))  # falls; padding repeats the last
+    wanted = jax.random.uniform(rng, shape, minval=shares[-1], maxval=shares[0])
+    # The nearest level: count the midpoints between neighbours that lie above.
+    middle = (shares[1:] + shares[:-1]) / 2
+    above = middle.reshape((1,) * len(shape) + (-1,)) > wanted[..., None]
+    return jnp.minimum(above.sum(-1), dropout_list.levels).astype(jnp.int32)
+
+
 def level_for(
     dropout_list: DropoutList,
     spec: ViTSpec,

@@ -83,10 +83,14 @@ def list_cut(spec: ViTSpec, dropout_list: DropoutList, level: int) -> Cut:
 
 
 def score_sums(
-    model: ViT, params: Params, batch: dict[str, Array], full: Array, widths: SubnetSpec
+    model: ViT,
+    params: Params,
+    batch: dict[str, Array],
+    full: Array,
+    widths: SubnetSpec | None,
 ) -> Score:
     """Sums over one batch of what `Score` averages; traced widths, one compile."""
-    masks = subnet.masks(model.spec, widths)
+    masks = None if widths is None else subnet.masks(model.spec, widths)
     logits = model.apply({"params": params}, batch["image"], masks)
     live, labels = batch["weight"], batch["label"]
     _, top = jax.lax.top_k(logits, min(5, logits.shape[-1]))
@@ -110,7 +114,7 @@ def evaluate(
     model: ViT,
     params: Params,
     batches: Iterable[dict[str, Any]],
-    widths: list[SubnetSpec],
+    widths: list[SubnetSpec | None],
     *,
     progress: Callable[[int], Any] = lambda images: None,
 ) -> list[Score]:
@@ -120,7 +124,7 @@ def evaluate(
       model: of the full network.
       params: its parameters.
       batches: dicts of `image`, `label`, `weight` (0 for padding), of one shape.
-      widths: the sub-networks.
+      widths: the sub-networks; None for the model as it is, extracted perhaps.
       progress: called with the number of forwards of an image just done.
 
     Returns:
@@ -131,7 +135,9 @@ def evaluate(
     """
     full_logits = jax.jit(lambda p, x: model.apply({"params": p}, x))
     sums_of = jax.jit(functools.partial(score_sums, model))
-    traced = [SubnetSpec(*(jnp.array(f, jnp.int32) for f in w)) for w in widths]
+    traced = [
+        w and SubnetSpec(*(jnp.array(field, jnp.int32) for field in w)) for w in widths
+    ]
     totals = None
     for batch in batches:
         full = full_logits(params, batch["image"])

@@ -1,19 +1,23 @@
 """What a train step minimises, and the masks under which it does."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from flax_skd.method import losses
+from flax_skd.method import losses, piad, subnet
+from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import BlockMasks, Params, ViT
 
 Array = jax.Array
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
 Masks = tuple[BlockMasks, ...]
-Loss = Callable[[Params, Batch, Array, Array], tuple[Array, Metrics]]
-MasksOf = Callable[[Array, int, Array], Masks | None]
+# (params, batch, rng, train state before the step) -> (loss [], metrics)
+Loss = Callable[[Params, Batch, Array, Any], tuple[Array, Metrics]]
+# (rng, batch size, train state) -> (masks, metrics)
+MasksOf = Callable[[Array, int, Any], tuple[Masks | None, Metrics]]
 
 
 def drop_path_masks(
@@ -46,12 +50,53 @@ def drop_path_masks(
     )
 
 
+def whole(rng: Array, batch_size: int, state: Any) -> tuple[None, Metrics]:
+    """`MasksOf` of ordinary training: the model as it is."""
+    del rng, batch_size, state
+    return None, {}
+
+
+def sampled_levels(
+    spec: ViTSpec,
+    *,
+    sampling: str = "per_step",
+    draw: Callable[..., Array] = piad.sample_level,
+) -> MasksOf:
+    """`MasksOf` of PIAD: a random level of the dropout list in `state.extra`.
+
+    Args:
+      spec: the full network.
+      sampling: `per_step`, one level for the batch, or `per_example`, one each, which
+        lowers the variance of the gradient.
+      draw: function (rng, dropout list, shape) -> levels, uniform unless told
+        otherwise.
+
+    Raises:
+      ValueError: if the sampling is unknown.
+    """
+    if sampling not in ("per_step", "per_example"):
+        raise ValueError(f"sampling {sampling!r}: choose per_step or per_example.")
+
+    def masks_of(rng, batch_size, state):
+        shape = (batch_size,) if sampling == "per_example" else ()
+        levels = draw(rng, state.extra, shape)
+        widths = state.extra.row(levels)
+        metrics = {
+            "level": levels.astype(jnp.float32).mean(),
+            "levels": state.extra.levels.astype(jnp.float32),
+            "macs_share": piad.macs_share(spec, widths).mean(),
+        }
+        return subnet.masks(spec, widths), metrics
+
+    return masks_of
+
+
 def classification_loss(
     model: ViT,
     *,
     label_smoothing: float = 0.0,
     drop_path: float = 0.0,
-    masks_of: MasksOf | None = None,
+    masks_of: MasksOf = whole,
 ) -> Loss:
     """Cross-entropy of a ViT, as `fit` wants it.
 
@@ -59,11 +104,11 @@ def classification_loss(
       model: full, or of a sub-network's widths.
       label_smoothing: share of the target spread over all classes.
       drop_path: chance to skip a branch of the last block; see `drop_path_masks`.
-      masks_of: function (rng, batch size, step) -> masks of this step's sub-networks.
+      masks_of: what is trained in this step, such as `sampled_levels`.
 
     Returns:
-      Function (params, batch, rng, step) -> (loss [], {"accuracy": []}) of batches
-      {"image": [B, S, S, C], "label": int [B] or float [B, K]}.
+      Function (params, batch, rng, state) -> (loss [], {"accuracy": [], ...}) of
+      batches {"image": [B, S, S, C], "label": int [B] or float [B, K]}.
 
     Raises:
       ValueError: if a rate is not in [0, 1).
@@ -72,10 +117,10 @@ def classification_loss(
         if not 0 <= rate < 1:
             raise ValueError(f"{name} = {rate} must be in [0, 1).")
 
-    def loss(params, batch, rng, step):
+    def loss(params, batch, rng, state):
         level_rng, drop_rng = jax.random.split(rng)
         size = batch["label"].shape[0]
-        masks = masks_of(level_rng, size, step) if masks_of else None
+        masks, metrics = masks_of(level_rng, size, state)
         if drop_path:
             depth = model.spec.depth
             masks = drop_path_masks(drop_rng, masks, size, depth=depth, rate=drop_path)
@@ -83,6 +128,7 @@ def classification_loss(
         value = losses.cross_entropy(
             logits, batch["label"], label_smoothing=label_smoothing
         )
-        return value, {"accuracy": losses.accuracy(logits, batch["label"])}
+        accuracy = losses.accuracy(logits, batch["label"])
+        return value, {"accuracy": accuracy, **metrics}
 
     return loss

@@ -4,8 +4,6 @@ import contextlib
 import functools
 import math
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flax_skd.io import run_state
 from flax_skd.method.vit import Params
 from flax_skd.run import sharding
+from flax_skd.run.interrupt import Stopped, sigterm
 from flax_skd.run.objective import Array, Batch, Loss, Metrics, classification_loss
 from flax_skd.run.optimizer import cosine, make_optimizer
 from flax_skd.run.progress import Progress
@@ -39,10 +38,6 @@ class NonFiniteLossError(ValueError):
     """The loss or its gradient is nan or infinite."""
 
 
-class Stopped(SystemExit):
-    """The run was told to end, and saved what it had."""
-
-
 class TrainState(NamedTuple):
     """All that a run carries from step to step.
 
@@ -52,6 +47,7 @@ class TrainState(NamedTuple):
       opt_state: of the optimizer.
       ema: moving average of params, the same tree; None to go without.
       rng: a key; step t uses `fold_in(rng, t)`, so it never changes.
+      extra: what else the loss reads and no step changes, such as a `DropoutList`.
     """
 
     step: Any
@@ -59,14 +55,19 @@ class TrainState(NamedTuple):
     opt_state: Any
     ema: Params | None
     rng: Array
+    extra: Any = None
 
 
 def initial_state(
-    params: Params, optimizer: optax.GradientTransformation, rng: Array
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    rng: Array,
+    *,
+    extra: Any = None,
 ) -> TrainState:
     """The state before the first step; its average starts at `params`."""
-    params = jax.tree.map(jnp.asarray, params)
-    return TrainState(jnp.int32(0), params, optimizer.init(params), params, rng)
+    params, extra = jax.tree.map(jnp.asarray, (params, extra))
+    return TrainState(jnp.int32(0), params, optimizer.init(params), params, rng, extra)
 
 
 def train_step(
@@ -82,7 +83,7 @@ def train_step(
     Args:
       state: before.
       batch: what `loss` takes.
-      loss: function (params, batch, rng, step) -> (loss [], metrics).
+      loss: function (params, batch, rng, state) -> (loss [], metrics).
       optimizer: whose state `state` holds.
       ema_decay: most that the average keeps of itself; at step t it keeps
         min(ema_decay, (1 + t) / (10 + t)), so that the start is forgotten.
@@ -93,7 +94,7 @@ def train_step(
     """
     rng = jax.random.fold_in(state.rng, state.step)
     (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
-        state.params, batch, rng, state.step
+        state.params, batch, rng, state
     )
     # optax multiplies floats by integer counts, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
@@ -109,7 +110,8 @@ def train_step(
         "param_norm": _norm(params),
     }
     metrics = {"loss": value, **norms, **metrics}
-    return TrainState(state.step + 1, params, opt_state, ema, state.rng), metrics
+    state = TrainState(state.step + 1, params, opt_state, ema, state.rng, state.extra)
+    return state, metrics
 
 
 def _norm(tree: Any) -> Array:
@@ -132,6 +134,8 @@ def fit(
     checkpoint_every: int = 1000,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     evaluate_every: int | None = None,
+    before_epoch: Callable[[int, TrainState], Any] | None = None,
+    epoch_steps: int = 1,
     ema_decay: float = 0.9999,
     schedule: optax.Schedule | None = None,
     log_every_steps: int | None = None,
@@ -154,6 +158,9 @@ def fit(
       checkpoint_every: updates; the last is always saved.
       evaluate: function of the state -> numbers to log.
       evaluate_every: updates; by default only after the last.
+      before_epoch: function (epoch, state) -> `extra` of the epoch that begins, of
+        the same shapes: how a dropout list grows.
+      epoch_steps: updates in an epoch.
       schedule: of the learning rate, to be logged.
       log_every_steps, log_every_s: report at whichever comes first.
 
@@ -192,9 +199,14 @@ def fit(
             every_s=log_every_s,
         )
         stack.callback(progress.close)
-        told_to_stop = stack.enter_context(_sigterm(disk.manager))
+        told_to_stop = stack.enter_context(sigterm(disk.manager))
         running = _Running(progress, disk, schedule)
         for step in range(start + 1, steps + 1):
+            if before_epoch and (step - 1) % epoch_steps == 0:
+                running.settle()
+                with progress.paused():
+                    extra = before_epoch((step - 1) // epoch_steps, state)
+                state = state._replace(extra=sharding.copy_to(extra, place.extra))
             with progress.waiting():
                 host_batch = _draw(batches, step, steps)
                 batch = sharding.shard_batch(host_batch, mesh)
@@ -269,27 +281,10 @@ class _Running:
         checked = {name: values[name] for name in ("loss", "grad_norm", "param_norm")}
         if all(map(math.isfinite, checked.values())):
             return
+        level = f", level {values['level']:g}" if "level" in values else ""
         ids = np.asarray(batch["index"]).tolist() if "index" in batch else "unknown"
         raise NonFiniteLossError(
-            f"{checked} at step {step}, examples {ids}. Last good checkpoint: "
+            f"{checked} at step {step}{level}, examples {ids}. Last good checkpoint: "
             f"{self._disk.last()}. Look at these examples and their labels (one that "
             "is no class gives nan), lower the learning rate, or clip the gradient."
         )
-
-
-@contextlib.contextmanager
-def _sigterm(manager) -> Iterator[Callable[[int], bool]]:
-    """Yields a function of the step: whether to save and end after it."""
-    if manager and jax.process_count() > 1:
-        yield manager.reached_preemption  # all hosts must agree on the step
-        return
-    main = threading.current_thread() is threading.main_thread()
-    if not manager or not main:
-        yield lambda step: False
-        return
-    asked = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield lambda step: asked.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -8,11 +8,8 @@ from typing import Any
 import jax
 
 from flax_skd.io import augment, checkpoint, data, sources
-from flax_skd.io.checkpoint import SuperNet
-from flax_skd.method import piad, vit
-from flax_skd.method.spec import SubnetSpec, ViTSpec
-from flax_skd.method.vit import ViT
-from flax_skd.run import commands, evaluate, feed, sharding
+from flax_skd.method.spec import ViTSpec
+from flax_skd.run import evaluate, feed, programs, sharding
 from flax_skd.run import train as loop
 
 AUGMENTS = {
@@ -50,11 +47,34 @@ def augment_named(options: Any):
     return AUGMENTS[options.name](options)
 
 
+def program_of(config: Any) -> programs.Program:
+    """The program a config names, with what it starts from read.
+
+    Raises:
+      ValueError: if the program is unknown or its start is not what it needs.
+    """
+    if config.program == "scratch":
+        return programs.scratch(config, spec_of(config.model))
+    if config.program not in ("piad", "finetune"):
+        raise ValueError(
+            f"program {config.program!r}: choose scratch, piad or finetune."
+        )
+    if not config.model.path:
+        raise ValueError(
+            f"program {config.program!r} starts from a directory: give "
+            "--config.model.path, of contract for piad, of extract for finetune."
+        )
+    if config.program == "piad":
+        supernet = checkpoint.load_supernet(config.model.path)
+        return programs.piad_program(config, supernet)
+    return programs.finetune(config, checkpoint.load_subnet(config.model.path))
+
+
 def train(config: Any, *, workdir: str, overwrite: bool, resume: bool) -> str:
     """Trains, evaluates raw and averaged weights, and saves the network.
 
     Args:
-      config: as `configs/scratch.py` makes it.
+      config: as `configs/scratch.py`, `piad.py` or `finetune.py` make it.
       workdir: for checkpoints, `log.jsonl` and the directory `network`.
       overwrite: delete an earlier run.
       resume: go on with an earlier run of the same config.
@@ -62,42 +82,38 @@ def train(config: Any, *, workdir: str, overwrite: bool, resume: bool) -> str:
     Returns:
       What to print: where the network lies and its accuracy.
     """
-    if config.program != "scratch":
-        raise ValueError(f"program {config.program!r}: this version trains 'scratch'.")
-    spec = spec_of(config.model)
+    if config.weights not in ("ema", "raw"):
+        raise ValueError(f"weights {config.weights!r}: choose ema or raw.")
+    program = program_of(config)
+    spec = program.model.spec
     source = feed.open_images(config.data, spec)
-    model = ViT(spec, dtype=commands.dtype_named(config.dtype), remat=config.remat)
+    batches = data.train_batches(
+        source,
+        spec,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        augment=augment_named(config.data.augment),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        on_bad_image=config.data.on_bad_image,
+    )
     per_epoch = len(source) // config.data.batch_size
-    steps = round(config.epochs * per_epoch)
+    steps = max(1, round(config.epochs * per_epoch))
     schedule = loop.cosine(
         config.lr,
-        steps=max(1, steps),
+        steps=steps,
         warmup_steps=round(config.warmup_epochs * per_epoch),
         end=config.min_lr,
     )
     optimizer = loop.make_optimizer(
         schedule, weight_decay=config.weight_decay, clip_norm=config.clip_norm or None
     )
+    rng = jax.random.key(config.seed + 1)
     scores: dict[str, float] = {}
     state = loop.fit(
-        loop.initial_state(
-            vit.init(spec, jax.random.key(config.seed)),
-            optimizer,
-            jax.random.key(config.seed + 1),
-        ),
-        data.train_batches(
-            source,
-            spec,
-            batch_size=config.data.batch_size,
-            seed=config.seed,
-            augment=augment_named(config.data.augment),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            on_bad_image=config.data.on_bad_image,
-        ),
-        loss=loop.classification_loss(
-            model, label_smoothing=config.label_smoothing, drop_path=config.drop_path
-        ),
+        loop.initial_state(program.params, optimizer, rng, extra=program.extra),
+        batches,
+        loss=program.loss,
         optimizer=optimizer,
         steps=steps,
         config={**config.to_dict(), "images": len(source)},
@@ -105,42 +121,41 @@ def train(config: Any, *, workdir: str, overwrite: bool, resume: bool) -> str:
         overwrite=overwrite,
         resume=resume,
         checkpoint_every=config.checkpoint_every,
-        evaluate=_evaluator(config, model, scores),
+        evaluate=_evaluator(config, program, scores),
         evaluate_every=max(1, round(config.evaluate_epochs * per_epoch)),
+        before_epoch=program.before_epoch,
+        epoch_steps=per_epoch,
         ema_decay=config.ema_decay,
         schedule=schedule,
         log_every_s=config.log_every_s,
     )
-    params = jax.device_get(state.ema if config.weights == "ema" else state.params)
-    full = piad.from_rows([SubnetSpec.full(spec)], spec)
-    network = SuperNet(params, spec, full, {})
+    params = state.ema if config.weights == "ema" else state.params
     target = pathlib.Path(workdir) / NETWORK
     facts = {"config": config.to_dict(), "steps": steps, "weights": config.weights}
-    checkpoint.save_supernet(
-        target, commands.stamped(network, facts), overwrite=target.exists()
-    )
+    program.save(target, *jax.device_get((params, state.extra)), facts)
     found = ", ".join(f"{k} {v:.2f} %" for k, v in scores.items())
     return f"wrote {target}: {steps} steps, {found or 'not evaluated'}"
 
 
-def _evaluator(config: Any, model: ViT, latest: dict[str, float]):
+def _evaluator(config: Any, program: programs.Program, latest: dict[str, float]):
     """Function of the train state -> top-1 of raw and averaged weights, or None.
 
     What it found last is left in `latest`.
     """
     if not config.data.eval_source:
         return None
-    spec = model.spec
+    model, spec = program.model, program.model.spec
     source = sources.open_source(config.data.eval_source, num_classes=spec.num_classes)
     batches = data.eval_batches(source, spec, batch_size=config.data.batch_size)
-    mesh = sharding.mesh()
+    images = feed.OnMesh(batches, sharding.mesh())
 
     def evaluator(state):
+        sizes = program.sizes(jax.device_get(state.extra))
         for name, params in (("raw", state.params), ("ema", state.ema)):
-            score = evaluate.evaluate(
-                model, params, feed.OnMesh(batches, mesh), [SubnetSpec.full(spec)]
-            )
-            latest[f"{name}_top1"] = score[0].top1
+            found = evaluate.evaluate(model, params, images, list(sizes.values()))
+            for size, score in zip(sizes, found):
+                key = f"{name}_top1" if size == "full" else f"{name}_{size}_top1"
+                latest[key] = score.top1
         return dict(latest)
 
     return evaluator

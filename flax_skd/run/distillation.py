@@ -1,0 +1,149 @@
+"""Losses that teach: the full network of the same step, or a frozen teacher."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flax_skd.method import losses, piad, subnet
+from flax_skd.method.piad import DropoutList
+from flax_skd.method.vit import Params, ViT
+from flax_skd.run.objective import Array, Loss, MasksOf, whole
+
+# (logits of a sub-network, logits of the full one, labels) -> []
+SubnetLoss = Callable[[Array, Array, Array], Array]
+LevelsOf = Callable[[Array, DropoutList], list[Array]]
+
+
+def divergence(logits: Array, teacher: Array, *, temperature: float = 1.0) -> Array:
+    """Mean KL divergence of softened outputs, times temperature squared.
+
+    Args:
+      logits, teacher: [B, K]; no gradient flows to the teacher.
+      temperature: both are divided by it; its square keeps the gradient's size.
+    """
+    target = jax.nn.softmax(jax.lax.stop_gradient(teacher) / temperature)
+    log_probs = jax.nn.log_softmax(logits / temperature)
+    return temperature**2 * optax.kl_divergence(log_probs, target).mean()
+
+
+def follow_full(logits: Array, full: Array, labels: Array) -> Array:
+    """`SubnetLoss` of in-place distillation: KL to the full network of the step."""
+    del labels
+    return divergence(logits, full)
+
+
+def follow_labels(logits: Array, full: Array, labels: Array) -> Array:
+    """`SubnetLoss` of plain supervision."""
+    del full
+    return losses.cross_entropy(logits, labels)
+
+
+def one_random(rng: Array, dropout_list: DropoutList) -> list[Array]:
+    """`LevelsOf` of in-place distillation: one level, uniform."""
+    return [piad.sample_level(rng, dropout_list)]
+
+
+def smallest_and_random(rng: Array, dropout_list: DropoutList) -> list[Array]:
+    """`LevelsOf` of the sandwich rule: the smallest level and one uniform."""
+    return [jnp.asarray(dropout_list.levels), *one_random(rng, dropout_list)]
+
+
+def with_full(
+    model: ViT,
+    *,
+    levels_of: LevelsOf = one_random,
+    subnet_loss: SubnetLoss = follow_full,
+    label_smoothing: float = 0.0,
+) -> Loss:
+    """The full network learns the labels, sub-networks learn beside it.
+
+    loss = CE(full, labels) + mean over levels of subnet_loss(level, full, labels).
+    In-place distillation is `one_random` and `follow_full`, the sandwich rule
+    `smallest_and_random` (Yu and Huang, ICCV 2019). A step costs one forward and
+    backward pass a network.
+
+    Args:
+      model: of the full network.
+      levels_of: function (rng, dropout list) -> levels of this step.
+      subnet_loss: what each level minimises.
+      label_smoothing: of the full network's labels.
+
+    Returns:
+      A `Loss`; the dropout list is `state.extra`.
+    """
+
+    def loss(params: Params, batch: dict[str, Array], rng: Array, state: Any):
+        def logits_at(level):
+            masks = subnet.masks(model.spec, state.extra.row(level))
+            return model.apply({"params": params}, batch["image"], masks)
+
+        full = model.apply({"params": params}, batch["image"])
+        value = losses.cross_entropy(
+            full, batch["label"], label_smoothing=label_smoothing
+        )
+        levels = levels_of(rng, state.extra)
+        parts = [subnet_loss(logits_at(s), full, batch["label"]) for s in levels]
+        metrics = {
+            "accuracy": losses.accuracy(full, batch["label"]),
+            "subnet_loss": sum(parts) / len(parts),
+            "level": sum(s.astype(jnp.float32) for s in levels) / len(levels),
+            "levels": state.extra.levels.astype(jnp.float32),
+        }
+        return value + metrics["subnet_loss"], metrics
+
+    return loss
+
+
+def with_teacher(
+    model: ViT,
+    teacher: Callable[[Array], Array],
+    *,
+    masks_of: MasksOf = whole,
+    weight: float = 1.0,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> Loss:
+    """CE(labels) + weight KL(teacher || student), the teacher frozen.
+
+    Args:
+      model: the student.
+      teacher: function of the images -> logits [B, K]; see `frozen`.
+      masks_of: which sub-network learns in a step.
+      weight: of the divergence.
+      temperature: see `divergence`.
+      label_smoothing: of the labels.
+    """
+
+    def loss(params: Params, batch: dict[str, Array], rng: Array, state: Any):
+        masks, metrics = masks_of(rng, batch["label"].shape[0], state)
+        logits = model.apply({"params": params}, batch["image"], masks)
+        value = losses.cross_entropy(
+            logits, batch["label"], label_smoothing=label_smoothing
+        )
+        kl = divergence(logits, teacher(batch["image"]), temperature=temperature)
+        accuracy = losses.accuracy(logits, batch["label"])
+        metrics = {"accuracy": accuracy, "teacher_kl": kl, **metrics}
+        return value + weight * kl, metrics
+
+    return loss
+
+
+def frozen(model: ViT, params: Params, *, num_classes: int) -> Callable[[Array], Array]:
+    """A teacher from a network and its parameters.
+
+    Args:
+      model, params: the teacher.
+      num_classes: of the student.
+
+    Raises:
+      ValueError: if the teacher has other classes.
+    """
+    if model.spec.num_classes != num_classes:
+        raise ValueError(
+            f"the teacher has {model.spec.num_classes} classes, the student "
+            f"{num_classes}: they must be the same."
+        )
+    return lambda images: model.apply({"params": params}, images)

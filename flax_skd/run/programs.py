@@ -1,0 +1,200 @@
+"""What to train: from scratch, PIAD, or one extracted network; data for one loop."""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from flax_skd.io import checkpoint
+from flax_skd.io.checkpoint import SubNet, SuperNet
+from flax_skd.method import costs, growth, importance, macs, piad, vit
+from flax_skd.method.spec import SubnetSpec, ViTSpec
+from flax_skd.method.vit import Params, ViT
+from flax_skd.run import commands, distillation, feed, objective, sharding
+from flax_skd.run.objective import Loss
+
+
+class Program(NamedTuple):
+    """Everything in which the programs differ.
+
+    Attributes:
+      model: what is trained.
+      params: where it starts.
+      loss: what a step minimises.
+      extra: what the loss reads besides, such as a dropout list.
+      before_epoch: function (epoch, state) -> the next `extra`, or None.
+      sizes: function of `extra` -> {name: widths} to evaluate; None as widths is the
+        model as it is.
+      save: function (directory, params, extra, facts), replacing what is there.
+    """
+
+    model: ViT
+    params: Params
+    loss: Loss
+    extra: Any
+    before_epoch: Callable[[int, Any], Any] | None
+    sizes: Callable[[Any], dict[str, SubnetSpec | None]]
+    save: Callable[[pathlib.Path, Params, Any, dict[str, Any]], None]
+
+
+def _as_it_is(extra: Any) -> dict[str, None]:
+    del extra
+    return {"full": None}
+
+
+def _vit(config: Any, spec: ViTSpec, widths: SubnetSpec | None = None) -> ViT:
+    dtype = commands.dtype_named(config.dtype)
+    return ViT(spec, widths, dtype=dtype, remat=config.remat)
+
+
+def _ordinary_loss(config: Any, model: ViT) -> Loss:
+    return objective.classification_loss(
+        model, label_smoothing=config.label_smoothing, drop_path=config.drop_path
+    )
+
+
+def scratch(config: Any, spec: ViTSpec) -> Program:
+    """A fresh network of the config's sizes."""
+    model = _vit(config, spec)
+
+    def save(directory, params, extra, facts):
+        del extra
+        full = piad.from_rows([SubnetSpec.full(spec)], spec)
+        network = commands.stamped(SuperNet(params, spec, full, {}), facts)
+        checkpoint.save_supernet(directory, network, overwrite=directory.exists())
+
+    return Program(
+        model,
+        vit.init(spec, jax.random.key(config.seed)),
+        _ordinary_loss(config, model),
+        None,
+        None,
+        _as_it_is,
+        save,
+    )
+
+
+def finetune(config: Any, small: SubNet) -> Program:
+    """One extracted network, on its own."""
+    model = _vit(config, small.spec, small.widths)
+
+    def save(directory, params, extra, facts):
+        del extra
+        facts = {**small.provenance, **facts}
+        trained = small._replace(params=params, provenance=facts)
+        checkpoint.save_subnet(directory, trained, overwrite=directory.exists())
+
+    loss = _ordinary_loss(config, model)
+    return Program(model, small.params, loss, None, None, _as_it_is, save)
+
+
+def piad_program(config: Any, supernet: SuperNet) -> Program:
+    """PIAD (Li et al., AAAI 2026): a growing dropout list, a level a step."""
+    spec, options = supernet.spec, config.piad
+    model = _vit(config, spec)
+    groups = growth.Groups(
+        options.groups.attn,
+        options.groups.mlp,
+        options.groups.attn_lane,
+        options.groups.mlp_lane,
+    )
+
+    def sizes(levels):
+        last = levels.widths(int(levels.levels), spec)
+        return {"full": SubnetSpec.full(spec), "smallest": last}
+
+    def save(directory, params, levels, facts):
+        rows = [levels.widths(s, spec) for s in range(int(levels.levels) + 1)]
+        network = SuperNet(params, spec, piad.from_rows(rows, spec), {})
+        network = network._replace(provenance=supernet.provenance)
+        network = commands.stamped(network, facts)
+        checkpoint.save_supernet(directory, network, overwrite=directory.exists())
+
+    return Program(
+        model,
+        supernet.params,
+        _piad_loss(config, model),
+        growth.start(spec, groups),
+        _grower(config, model, groups),
+        sizes,
+        save,
+    )
+
+
+def _piad_loss(config: Any, model: ViT) -> Loss:
+    spec, options = model.spec, config.piad
+    draws = {
+        "uniform": piad.sample_level,
+        "macs": functools.partial(piad.sample_level_by_macs, spec=spec),
+    }
+    if options.draw not in draws:
+        raise ValueError(f"draw {options.draw!r}: choose one of {', '.join(draws)}.")
+    masks_of = objective.sampled_levels(
+        spec, sampling=options.sampling, draw=draws[options.draw]
+    )
+    smoothing = config.label_smoothing
+    made = {
+        "labels": lambda: objective.classification_loss(
+            model,
+            label_smoothing=smoothing,
+            drop_path=config.drop_path,
+            masks_of=masks_of,
+        ),
+        "in_place": lambda: distillation.with_full(model, label_smoothing=smoothing),
+        "sandwich": lambda: distillation.with_full(
+            model,
+            levels_of=distillation.smallest_and_random,
+            label_smoothing=smoothing,
+        ),
+        "teacher": lambda: distillation.with_teacher(
+            model,
+            _teacher(options.teacher, spec),
+            masks_of=masks_of,
+            label_smoothing=smoothing,
+        ),
+    }
+    if options.loss not in made:
+        raise ValueError(f"loss {options.loss!r}: choose one of {', '.join(made)}.")
+    return made[options.loss]()
+
+
+def _teacher(path: str, spec: ViTSpec):
+    if not path:
+        raise ValueError("loss 'teacher' needs --config.piad.teacher, a directory.")
+    found = checkpoint.load_supernet(path)
+    return distillation.frozen(
+        ViT(found.spec), found.params, num_classes=spec.num_classes
+    )
+
+
+def _grower(config: Any, model: ViT, groups: growth.Groups):
+    """`before_epoch` of PIAD: measure at the smallest level, append what it bears."""
+    spec, options = model.spec, config.piad
+    progressive = options.progressive_epochs or growth.progressive_epochs(config.epochs)
+    batches = feed.batches_of(options.calibration, spec, seed=config.seed)
+    mesh = sharding.mesh()
+    cost = costs.cost_named(options.cost, spec.num_classes)
+    rise = importance.sensitivity_named(options.sensitivity, spec.num_classes)
+
+    def before_epoch(epoch, state):
+        levels = state.extra
+        if epoch >= progressive:
+            return levels
+        measured = importance.measure(
+            model,
+            state.params,
+            feed.OnMesh(batches, mesh),
+            levels.widths(int(levels.levels), spec),
+            cost=cost,
+            sensitivity=rise,
+        )
+        target = growth.schedule(
+            epoch, progressive, model_macs=macs.macs(spec), share=options.share
+        )
+        return growth.grow(
+            levels, spec, measured, target_macs_saved=target, groups=groups
+        )
+
+    return before_epoch

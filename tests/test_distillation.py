@@ -1,0 +1,145 @@
+"""PIAD's masks and the losses that teach, against plain restatements."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_skd.method import losses, macs, piad, subnet
+from flax_skd.method.vit import ViT
+from flax_skd.run import distillation, objective, train
+
+
+@pytest.fixture(scope="module")
+def levels(spec):
+    return jax.tree.map(jnp.asarray, piad.uniform(spec, steps=4))
+
+
+@pytest.fixture(scope="module")
+def state(params, levels):
+    return train.TrainState(jnp.int32(0), params, None, None, None, levels)
+
+
+@pytest.fixture(scope="module")
+def cut(spec, params, batch, levels):
+    """Logits of the extracted network at a level."""
+
+    @functools.cache
+    def logits(level):
+        widths = piad.uniform(spec, steps=4).widths(level, spec)
+        small = subnet.extract(params, widths)
+        return ViT(spec, widths).apply({"params": small}, batch["image"])
+
+    return logits
+
+
+def kl(logits, teacher):
+    p, q = (np.asarray(jax.nn.softmax(x), np.float64) for x in (teacher, logits))
+    return (p * np.log(p / q)).sum(-1).mean()
+
+
+@pytest.mark.parametrize("sampling", ["per_step", "per_example"])
+def test_piad_trains_the_level_it_drew(spec, params, batch, state, cut, sampling):
+    masks_of = objective.sampled_levels(spec, sampling=sampling)
+    loss = objective.classification_loss(ViT(spec), masks_of=masks_of)
+    rng = jax.random.key(5)
+    value, metrics = loss(params, batch, rng, state)
+    level_rng, _ = jax.random.split(rng)
+    shape = (12,) if sampling == "per_example" else ()
+    drawn = np.asarray(piad.sample_level(level_rng, state.extra, shape))
+    drawn = np.broadcast_to(drawn, (12,))
+    rows = jnp.stack([cut(int(s))[i] for i, s in enumerate(drawn)])
+    want = losses.cross_entropy(rows, batch["label"])
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    np.testing.assert_allclose(metrics["level"], drawn.mean(), rtol=1e-6)
+    assert float(metrics["levels"]) == 3
+    shares = [
+        macs.macs(spec, state.extra.widths(int(s), spec)) / macs.macs(spec)
+        for s in drawn
+    ]
+    np.testing.assert_allclose(metrics["macs_share"], np.mean(shares), rtol=1e-5)
+
+
+def test_an_unknown_sampling_lists_the_known_ones(spec):
+    with pytest.raises(ValueError, match="'per_epoch': choose per_step or per_example"):
+        objective.sampled_levels(spec, sampling="per_epoch")
+
+
+def test_levels_drawn_by_macs_spread_evenly_over_sizes(spec):
+    # A list with many large networks and few small ones.
+    rows = [piad.uniform(spec, steps=40).widths(s, spec) for s in (*range(10), 20, 39)]
+    uneven = piad.from_rows(rows, spec, max_levels=20)
+    shares = [macs.macs(spec, w) / macs.macs(spec) for w in rows]
+    draw = functools.partial(piad.sample_level_by_macs, spec=spec)
+    drawn = np.asarray(draw(jax.random.key(0), uneven, (4000,)))
+    assert drawn.min() == 0 and drawn.max() == len(rows) - 1
+    middle = (min(shares) + max(shares)) / 2
+    found = np.array(shares)[drawn]
+    # Uniform in MACs: the mean is the middle of the range, to the coarse grid.
+    assert abs(found.mean() - middle) < 0.05
+    assert np.array(shares).mean() > middle + 0.1
+
+
+def test_in_place_distillation_is_the_labels_and_the_full_network(
+    spec, params, batch, state, cut
+):
+    rng = jax.random.key(7)
+    value, metrics = distillation.with_full(ViT(spec))(params, batch, rng, state)
+    (level,) = distillation.one_random(rng, state.extra)
+    part = kl(cut(int(level)), cut(0))
+    want = float(losses.cross_entropy(cut(0), batch["label"])) + part
+    np.testing.assert_allclose(value, want, rtol=1e-4)
+    np.testing.assert_allclose(metrics["subnet_loss"], part, rtol=1e-3, atol=1e-5)
+
+
+def test_the_sandwich_trains_full_smallest_and_a_random_level(
+    spec, params, batch, state, cut
+):
+    rng = jax.random.key(8)
+    loss = distillation.with_full(
+        ViT(spec),
+        levels_of=distillation.smallest_and_random,
+        subnet_loss=distillation.follow_labels,
+    )
+    value, _ = loss(params, batch, rng, state)
+    smallest, random = distillation.smallest_and_random(rng, state.extra)
+    assert int(smallest) == 3
+    each = [
+        float(losses.cross_entropy(cut(int(s)), batch["label"]))
+        for s in (0, smallest, random)
+    ]
+    np.testing.assert_allclose(value, each[0] + (each[1] + each[2]) / 2, rtol=1e-5)
+
+
+def test_no_gradient_reaches_the_teacher(spec, params, batch, state):
+    def part(p):
+        full = ViT(spec).apply({"params": p}, batch["image"])
+        return distillation.divergence(jnp.zeros_like(full), full)
+
+    grads = jax.grad(part)(params)
+    assert all(float(jnp.abs(g).max()) == 0 for g in jax.tree.leaves(grads))
+
+
+def test_a_frozen_teacher_adds_its_divergence(spec, params, batch, state, cut):
+    other = jax.tree.map(lambda x: x * 0.9, params)
+    teacher = distillation.frozen(ViT(spec), other, num_classes=spec.num_classes)
+    loss = distillation.with_teacher(ViT(spec), teacher, weight=0.5)
+    value, metrics = loss(params, batch, jax.random.key(0), state)
+    taught = kl(cut(0), ViT(spec).apply({"params": other}, batch["image"]))
+    want = float(losses.cross_entropy(cut(0), batch["label"])) + 0.5 * taught
+    np.testing.assert_allclose(value, want, rtol=1e-4)
+    np.testing.assert_allclose(metrics["teacher_kl"], taught, rtol=1e-3)
+
+
+def test_a_temperature_softens_both_and_is_scaled_back():
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=(6, 5)).astype(np.float32) for _ in range(2))
+    have = distillation.divergence(jnp.array(a), jnp.array(b), temperature=3.0)
+    np.testing.assert_allclose(have, 9 * kl(a / 3, b / 3), rtol=1e-4)
+
+
+def test_a_teacher_of_other_classes_is_refused(spec, params):
+    with pytest.raises(ValueError, match="teacher has 5 classes, the student 7"):
+        distillation.frozen(ViT(spec), params, num_classes=7)
