@@ -160,3 +160,13 @@ def test_a_file_that_is_no_sweep_is_refused_by_name(tmp_path, text):
     (tmp_path / "sweep.json").write_text(text)
     with pytest.raises(ValueError, match="sweep.json is not a list of sweep rows"):
         report.read(tmp_path / "sweep.json")
+
+
+def test_the_heat_map_draws_every_block_and_level(spec):
+    rows = [SubnetSpec.full(spec), SubnetSpec((12, 6, 6), (12, 3, 6), (40, 20, 5))]
+    levels = piad.from_rows(rows, spec, max_levels=9)
+    fig = report.list_figure(levels, spec, title="test")
+    pictures = [axis.images[0].get_array() for axis in fig.axes if axis.images]
+    assert len(pictures) == 3  # q/k and v/out are drawn apart where they differ
+    np.testing.assert_allclose(pictures[1][:, 1], [1, 0.25, 0.5])
+    np.testing.assert_allclose(pictures[2][:, 1], [1, 0.5, 0.125])

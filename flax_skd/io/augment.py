@@ -1,4 +1,4 @@
-"""Random crops and flips of training images, on the host.
+"""Random crops, flips and colours of training images, on the host.
 
 An augmentation is a function (image, rng, spec) -> uint8 [S, S, C]; its options are
 keywords, set with `functools.partial`. The steps it is made of take and give PIL
@@ -9,10 +9,11 @@ import math
 
 import numpy as np
 
-from flax_skd.io import preprocess
+from flax_skd.io import preprocess, rand_augment
 from flax_skd.io.extras import require
 from flax_skd.method.spec import ViTSpec
 
+_RATIO = (3 / 4, 4 / 3)
 _TRIES = 10  # for a crop that fits, as in torchvision
 
 
@@ -28,7 +29,7 @@ def flip_crop(
     spec: ViTSpec,
     *,
     scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    ratio: tuple[float, float] = _RATIO,
     flip: float = 0.5,
 ) -> np.ndarray:
     """A random part of the image, resized to the square, and a random flip.
@@ -44,11 +45,41 @@ def flip_crop(
     Returns:
       uint8 [image_size, image_size, in_channels].
     """
-    image = preprocess.to_pil(image, spec.in_channels)
-    box = crop_box(image.size, rng, scale=scale, ratio=ratio)
-    side = (spec.image_size, spec.image_size)
-    image = image.crop(box).resize(side, preprocess.resampling(spec))
-    return preprocess.to_array(random_flip(image, rng, flip=flip))
+    image = _flipped_crop(image, rng, spec, scale=scale, ratio=ratio, flip=flip)
+    return preprocess.to_array(image)
+
+
+def deit(
+    image,
+    rng: np.random.Generator,
+    spec: ViTSpec,
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    flip: float = 0.5,
+    magnitude: float = 9.0,
+) -> np.ndarray:
+    """`flip_crop`, then two operations of RandAugment: what DeiT does to one image.
+
+    Args:
+      image: a PIL image, or uint8 [H, W, C].
+      scale: least and greatest area of the crop, as a fraction of the image's.
+      flip: probability of the horizontal flip; 0 where sides matter (digits).
+      magnitude: of RandAugment, 0 to 10; see `rand_augment.rand_augment`.
+
+    Returns:
+      uint8 [image_size, image_size, in_channels].
+
+    Raises:
+      ValueError: if the magnitude is out of range.
+    """
+    if not 0 <= magnitude <= 10:
+        raise ValueError(f"magnitude = {magnitude} must be 0 to 10.")
+    image = _flipped_crop(image, rng, spec, scale=scale, ratio=_RATIO, flip=flip)
+    fill = tuple(min(255, max(0, round(255 * mean))) for mean in spec.mean)
+    image = rand_augment.rand_augment(
+        image, rng, fill=fill, magnitude=magnitude, resample=spec.interpolation
+    )
+    return preprocess.to_array(image)
 
 
 def shift_crop(
@@ -89,6 +120,16 @@ def shift_crop(
     )
     top, left = rng.integers(0, 2 * pad + 1, size=2)
     return padded[top : top + size, left : left + size]
+
+
+def _flipped_crop(
+    image, rng: np.random.Generator, spec: ViTSpec, *, scale, ratio, flip
+):
+    image = preprocess.to_pil(image, spec.in_channels)
+    box = crop_box(image.size, rng, scale=scale, ratio=ratio)
+    side = (spec.image_size, spec.image_size)
+    image = image.crop(box).resize(side, preprocess.resampling(spec))
+    return random_flip(image, rng, flip=flip)
 
 
 def crop_box(

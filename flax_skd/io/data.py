@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -181,6 +182,26 @@ class _TrainLoader:
         raise ValueError(f"no image of {self.source.name} decodes.")
 
 
+@dataclasses.dataclass
+class _RepeatedOrder:
+    """The positions of endless epochs, each image `repeats` times in a row.
+
+    An epoch has as many draws as the source images, of a part of them each: as in
+    repeated augmentation (arXiv:1902.05509), where the next epoch draws anew.
+    """
+
+    shuffled: Any  # grain.MapDataset, of a new order every `count` positions
+    count: int
+    repeats: int
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, draw: int) -> int:
+        epoch, within = divmod(int(draw), self.count)
+        return self.shuffled[epoch * self.count + within // self.repeats]
+
+
 def train_batches(
     source: Source,
     spec: ViTSpec,
@@ -191,6 +212,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     on_bad_image: str = "error",
+    repeats: int = 1,
 ):
     """Endless shuffled batches; every epoch has an order of its own.
 
@@ -203,6 +225,9 @@ def train_batches(
       process_index, process_count: which part of the source is read here.
       on_bad_image: `error`, or `skip`: the next image takes the place of one that
         does not decode.
+      repeats: how often an epoch draws an image, each time augmented anew. It has
+        len(source) draws all the same, so that it sees 1 / repeats of the images. The
+        draws of an image follow each other in the order of all processes together.
 
     Returns:
       A `grain.DatasetIterator` of `image` uint8 [b, S, S, C], `label` int32 [b] and
@@ -222,6 +247,8 @@ def train_batches(
         )
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed = {seed} must be 0 to {2**32 - 1}.")
+    if repeats < 1:
+        raise ValueError(f"repeats = {repeats} must be at least 1.")
     if len(source) < batch_size:
         raise ValueError(
             f"batch_size = {batch_size} but {source.name} has {len(source)} images: "
@@ -230,7 +257,14 @@ def train_batches(
     grain, share = require("grain"), batch_size // process_count
     loader = _TrainLoader(source, spec, augment, _BadImages(on_bad_image))
     positions = grain.MapDataset.range(len(source)).seed(seed).shuffle()
-    examples = positions[process_index::process_count].repeat().random_map(loader)
+    if repeats == 1:
+        examples = positions[process_index::process_count].repeat().random_map(loader)
+    else:
+        # Augmented before it is shared out: the draws of one image differ then, though
+        # each process has one.
+        order = _RepeatedOrder(positions, len(source), repeats)
+        drawn = grain.MapDataset.source(order).seed(seed).random_map(loader)
+        examples = drawn[process_index::process_count]
     # Batches are put together after the threads: they share out images, and no more
     # than a few batches wait in memory.
     options = grain.ReadOptions(

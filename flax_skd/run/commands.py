@@ -188,6 +188,10 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
     title = f"{batches.num_examples} images of {batches.source.name}"
     folder.mkdir(parents=True, exist_ok=True)
 
+    title_of_list = "What each block keeps, level by level"
+    heat = report.list_figure(main.dropout_list, main.spec, title=title_of_list)
+    heat.savefig(folder / "list.png", dpi=150)
+
     def keep(name, fresh):
         done.extend(fresh)
         report.write(folder, done, title=title)
@@ -200,7 +204,7 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
         cuts,
         after_each=keep,
     )
-    return f"{report.table(done)}\n\nwrote {folder}/sweep.json, sweep.csv, sweep.png"
+    return f"{report.table(done)}\n\nwrote {folder}/sweep.json, sweep.csv, sweep.png, list.png"
 
 
 def _finished(path: pathlib.Path, *, overwrite: bool, resume: bool) -> report.Rows:

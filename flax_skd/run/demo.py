@@ -1,5 +1,6 @@
 """The whole method in one command, on scikit-learn's handwritten digits."""
 
+import functools
 import pathlib
 import shutil
 import sys
@@ -11,15 +12,16 @@ from flax_skd.io import checkpoint, data, sources
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import contraction, macs, piad, subnet
 from flax_skd.method.vit import ViT
-from flax_skd.run import commands, config_files, report, training
+from flax_skd.run import commands, config_files, evaluate, report, training
 
 CRITERIA = ("wpac", "taylor1", "pca")
-EIGHTHS = ",".join(f"{i}/8" for i in range(1, 9))
-PARTS = ("train", "supernet", "subnet", "sweep.json", "sweep.csv", "sweep.png")
+EIGHTHS = tuple(i / 8 for i in range(1, 9))
+PARTS = ("train", "contracted", "piad", "subnet", "finetune", "supernet")
+FILES = ("sweep.json", "sweep.csv", "sweep.png", "list.png")
 
 
 def run(folder: str, *, overwrite: bool = False, fast: bool = False) -> str:
-    """Trains, contracts, sweeps, extracts, saves, reloads and checks.
+    """Trains, contracts, trains every size, sweeps, extracts, reloads, fine-tunes.
 
     Args:
       folder: where everything is left; new unless `overwrite`.
@@ -34,45 +36,81 @@ def run(folder: str, *, overwrite: bool = False, fast: bool = False) -> str:
       RuntimeError: if the reloaded sub-network is not the super-network's level.
     """
     path = _fresh(folder, overwrite)
-    config = config_files.load("configs/scratch.py")
-    config.epochs = config.epochs // 3 if fast else config.epochs
-    _say("1/4  training a small ViT on 1,347 handwritten digits ...")
-    _say(
-        training.train(
-            config, workdir=str(path / "train"), overwrite=False, resume=False
-        )
-    )
+    train = functools.partial(_train, path, fast=fast)
+    _say("1/6  training a small ViT on 1,347 handwritten digits ...")
+    train("scratch", "train")
     trained = checkpoint.load_supernet(path / "train" / training.NETWORK)
 
-    _say("2/4  WPAC: rotating every head, what matters first ...")
+    _say("2/6  WPAC: rotating every head, what matters first ...")
     networks = contracted(trained)
-    supernet = trained._replace(
+    wpac = trained._replace(
         params=networks["wpac"], dropout_list=piad.uniform(trained.spec)
     )
-    facts = {"criterion": "wpac", "trained_on": config.data.source}
-    supernet = commands.stamped(supernet, facts)
+    wpac = commands.stamped(wpac, {"criterion": "wpac", "trained_on": "digits:train"})
+    checkpoint.save_supernet(path / "contracted", wpac)
+
+    _say("3/6  PIAD: training so that every prefix is a good network ...")
+    train("piad", "piad", start="contracted")
+    supernet = checkpoint.load_supernet(path / "piad" / training.NETWORK)
     checkpoint.save_supernet(path / "supernet", supernet)
 
-    _say("3/4  every size, as it comes and after contraction ...")
+    _say("4/6  every size: as it comes, after WPAC, after PIAD ...")
     test = sources.open_source("digits:test", num_classes=trained.spec.num_classes)
     batches = data.eval_batches(test, trained.spec, batch_size=batch_size())
-    cuts = commands.cuts_of(supernet, "all", EIGHTHS)
-    rows = commands.run_sweep(networks, ViT(trained.spec), batches, cuts)
-    report.write(path, rows, title="Handwritten digits: a ViT cut to size, untrained")
+    rows = _sweep(networks, supernet, batches)
+    report.write(path, rows, title="Handwritten digits: one ViT, every size")
+    title = "What each block keeps, level by level"
+    heat = report.list_figure(supernet.dropout_list, supernet.spec, title=title)
+    heat.savefig(path / "list.png", dpi=150)
 
-    _say("4/4  the half-size network: extract, save, reload, compare ...")
+    _say("5/6  the half-size network: extract, save, reload, compare ...")
     worst, small = _half_size(supernet, path / "subnet", next(iter(batches))["image"])
+    _say("6/6  fine-tuning the half-size network ...")
+    tuned = train("finetune", "finetune", start="subnet")
     share = macs.macs(small.spec, small.widths) / macs.macs(small.spec)
     return f"""
 {report.pivot(rows)}
 
-Top-1 in %, {batches.num_examples} test images; kept is the share of the block MACs.
+Top-1 in %, {batches.num_examples} test images; kept is the share of the block MACs. "none" is
+the network as trained; only "piad" trains anything after the cut.
 Half-size network reloaded from disk: {share:.0%} of all MACs, logits equal to the
-super-network's at that level to {worst:.0e}.
+super-network's at that level to {worst:.0e}. Fine-tuned: {tuned}.
 
-{path}/supernet   the super-network: every size in one
-{path}/subnet     the half-size network on its own
-{path}/sweep.png  accuracy against MACs (and sweep.csv, sweep.json)"""
+{path}/supernet          the super-network: every size in one
+{path}/subnet            the half-size network on its own
+{path}/finetune/network  the same, fine-tuned
+{path}/sweep.png         accuracy against MACs (and sweep.csv, sweep.json)
+{path}/list.png          which block gave up what, level by level"""
+
+
+def _train(path: pathlib.Path, program: str, name: str, *, fast: bool, start=""):
+    """Runs a shipped config in a folder of the demo; returns its scores in words."""
+    config = config_files.load(f"configs/{program}.py")
+    config.epochs = config.epochs // 3 if fast else config.epochs
+    if start:
+        config.model.path = str(path / start)
+    done = training.train(
+        config, workdir=str(path / name), overwrite=False, resume=False
+    )
+    _say(done)
+    return done.partition("steps, ")[2]
+
+
+def _sweep(networks: dict, supernet: SuperNet, batches: data.EvalBatches):
+    """Rows of uniform cuts of every criterion, and of the levels PIAD learnt."""
+    spec, model = supernet.spec, ViT(supernet.spec)
+    ends, full = macs.costs(spec).embed_and_head, macs.macs(spec)
+    uniform = [evaluate.fixed_cut(spec, "all", share) for share in EIGHTHS]
+    levels, learnt = supernet.dropout_list, []
+    smallest = macs.macs(spec, levels.widths(int(levels.levels), spec))
+    for share in EIGHTHS:
+        limit = int(ends + share * (full - ends))
+        if limit >= smallest:  # the list ends where growth did
+            level = piad.level_for(levels, spec, limit)
+            cut = evaluate.list_cut(spec, levels, level)
+            learnt.append(cut._replace(kept=share))
+    rows = commands.run_sweep({"piad": supernet.params}, model, batches, learnt)
+    return rows + commands.run_sweep(networks, model, batches, uniform)
 
 
 def batch_size() -> int:
@@ -102,7 +140,8 @@ def contracted(trained: SuperNet) -> dict[str, dict]:
 def _half_size(supernet: SuperNet, target: pathlib.Path, images: np.ndarray):
     """Extracts at half the block MACs; largest logit difference after a reload."""
     spec = supernet.spec
-    level = int(supernet.dropout_list.levels + 1) // 2
+    ends, full = macs.costs(spec).embed_and_head, macs.macs(spec)
+    level = piad.level_for(supernet.dropout_list, spec, (ends + full) // 2)
     widths = supernet.dropout_list.widths(level, spec)
     params = subnet.extract(supernet.params, widths)
     facts = {"level": level, "supernet": supernet.provenance}
@@ -127,7 +166,7 @@ def _fresh(folder: str, overwrite: bool) -> pathlib.Path:
         raise ValueError(
             f"{path} is not empty: pass --overwrite to replace it, or --out=DIR."
         )
-    for name in PARTS:  # what a demo leaves, and nothing else
+    for name in (*PARTS, *FILES):  # what a demo leaves, and nothing else
         if (path / name).is_dir():
             shutil.rmtree(path / name)
         else:

@@ -8,6 +8,8 @@ from typing import Any
 
 from flax_skd.io.extras import require
 from flax_skd.method import macs
+from flax_skd.method.piad import DropoutList
+from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.run.evaluate import COLUMNS
 
 Rows = list[dict[str, Any]]
@@ -56,7 +58,10 @@ def pivot(rows: Rows, value: str = "top1") -> str:
         )
     lines = ["| cut | kept | " + " | ".join(criteria) + " |"]
     lines.append("|" + "---|" * (len(criteria) + 2))
-    for (cut, kept), found in cells.items():
+    # Cuts as they came, the whole network first and then smaller and smaller.
+    cuts = list(dict.fromkeys(cut for cut, _ in cells))
+    order = sorted(cells, key=lambda key: (cuts.index(key[0]), -key[1]))
+    for (cut, kept), found in ((key, cells[key]) for key in order):
         values = " | ".join(found.get(c, "") for c in criteria)
         lines.append(f"| {cut} | {kept:g} | {values} |")
     return "\n".join(lines)
@@ -119,6 +124,52 @@ def figure(rows: Rows, *, title: str):
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("top-1 accuracy, %")
     axes[-1].legend(frameon=False, fontsize=8, loc="lower right")
+    fig.suptitle(title, fontsize=11)
+    return fig
+
+
+def list_figure(dropout_list: DropoutList, spec: ViTSpec, *, title: str):
+    """Which block keeps what, level by level: a heat map for each kind of width.
+
+    Args:
+      dropout_list: the levels.
+      spec: the full network.
+      title: of the figure.
+
+    Returns:
+      A matplotlib figure, made without a screen.
+    """
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    levels = range(int(dropout_list.levels) + 1)
+    rows = [dropout_list.widths(level, spec) for level in levels]
+    full = SubnetSpec.full(spec)
+    names = {"qk_dim": "queries and keys", "vo_dim": "values and out", "mlp_dim": "MLP"}
+    if all(row.qk_dim == row.vo_dim for row in rows):
+        names = {"vo_dim": "attention", "mlp_dim": "MLP"}
+    fig = Figure(figsize=(4.2 * len(names) + 0.8, 3.6), layout="constrained")
+    axes = fig.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    shares = [100 * macs.macs(spec, row) / macs.macs(spec) for row in rows]
+    for axis, (name, label) in zip(axes, names.items()):
+        kept = [[getattr(row, name)[b] for row in rows] for b in range(spec.depth)]
+        size = getattr(full, name)[0]
+        picture = axis.imshow(
+            [[k / size for k in line] for line in kept],
+            aspect="auto",
+            vmin=0,
+            vmax=1,
+            cmap="viridis",
+            origin="lower",
+            interpolation="nearest",
+        )
+        ticks = sorted({round(i * (len(rows) - 1) / 4) for i in range(5)})
+        axis.set_xticks(ticks, [f"{t}\n{shares[t]:.0f} %" for t in ticks])
+        axis.set_title(label, fontsize=10)
+        axis.set_xlabel("level, MACs left")
+    axes[0].set_yticks(range(spec.depth))
+    axes[0].set_ylabel("block")
+    fig.colorbar(picture, ax=list(axes), label="share kept")
     fig.suptitle(title, fontsize=11)
     return fig
 
