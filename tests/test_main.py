@@ -19,7 +19,7 @@ from flax_skd.io import checkpoint, conversion
 from flax_skd.method import macs
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
-from flax_skd.run import config_files, evaluate, main, training
+from flax_skd.run import config_files, evaluate, main, programs, training
 
 ROOT = pathlib.Path(__file__).parents[1]
 IMAGES = 40
@@ -275,6 +275,22 @@ def test_train_learns_digits_saves_the_network_and_protects_it(tmp_path, capsys)
     assert "--resume" in capsys.readouterr().err
     assert main.main([*args, "--resume", "--config.lr=0.5"]) == 1
     assert "lr" in capsys.readouterr().err
+
+
+def test_the_whole_recipe_trains_and_smooths_once(tmp_path, capsys):
+    recipe = ["--config.mixing.mixup=0.8", "--config.mixing.cutmix=1.0"]
+    recipe += ["--config.mixing.erase=0.25", "--config.data.augment.name=deit"]
+    recipe += ["--config.data.repeats=3", "--config.drop_path=0.1"]
+    assert main.main([*TRAIN, *recipe, f"--workdir={tmp_path}/run"]) == 0
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    losses = [row["loss"] for row in map(json.loads, log) if "loss" in row]
+    assert losses and all(0 < value < 5 for value in losses)
+    # Mixed targets are smooth already: the loss itself must not smooth again.
+    config = config_files.load("configs/scratch.py")
+    assert programs._smoothing(config) == 0.1
+    config.mixing.cutmix = 1.0
+    assert programs._smoothing(config) == 0.0
+    assert programs._mixing(config).smoothing == 0.1
 
 
 def test_a_bad_program_or_start_says_what_is_needed(supernet, files, tmp_path, capsys):

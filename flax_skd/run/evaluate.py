@@ -1,6 +1,5 @@
 """Accuracy of sub-networks, and the sweep over cuts or levels to a table."""
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -110,6 +109,15 @@ def score_sums(
     )
 
 
+def _logits(model: ViT, params: Params, images: Array) -> Array:
+    return model.apply({"params": params}, images)
+
+
+# Compiled once for a model and a shape, however often a run evaluates.
+_jitted_logits = jax.jit(_logits, static_argnums=0)
+_jitted_sums = jax.jit(score_sums, static_argnums=0)
+
+
 def evaluate(
     model: ViT,
     params: Params,
@@ -133,17 +141,15 @@ def evaluate(
     Raises:
       ValueError: if there is no image, or the logits are not finite.
     """
-    full_logits = jax.jit(lambda p, x: model.apply({"params": p}, x))
-    sums_of = jax.jit(functools.partial(score_sums, model))
     traced = [
         w and SubnetSpec(*(jnp.array(field, jnp.int32) for field in w)) for w in widths
     ]
     totals = None
     for batch in batches:
-        full = full_logits(params, batch["image"])
+        full = _jitted_logits(model, params, batch["image"])
         sums = []
         for w in traced:
-            sums.append(sums_of(params, batch, full, w))
+            sums.append(_jitted_sums(model, params, batch, full, w))
             progress(len(batch["label"]))
         totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
     if totals is None:

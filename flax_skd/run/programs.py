@@ -12,7 +12,7 @@ from flax_skd.io.checkpoint import SubNet, SuperNet
 from flax_skd.method import costs, growth, importance, macs, piad, vit
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import Params, ViT
-from flax_skd.run import commands, distillation, feed, objective, sharding
+from flax_skd.run import commands, distillation, feed, mixing, objective, sharding
 from flax_skd.run.objective import Loss
 
 
@@ -49,10 +49,38 @@ def _vit(config: Any, spec: ViTSpec, widths: SubnetSpec | None = None) -> ViT:
     return ViT(spec, widths, dtype=dtype, remat=config.remat)
 
 
+def _smoothing(config: Any) -> float:
+    """Label smoothing of the loss: none where mixed targets are smooth already."""
+    return 0.0 if _mixing(config) else config.label_smoothing
+
+
+def _mixing(config: Any) -> mixing.Mixing | None:
+    """The mixing of a config's `mixing` section, None where all of it is off."""
+    chosen = dict(config.mixing.items())
+    if not any(chosen[name] for name in ("mixup", "cutmix", "erase")):
+        return None
+    return mixing.Mixing(smoothing=config.label_smoothing, **chosen)
+
+
+def _mixed(config: Any, spec: ViTSpec, loss: Loss) -> Loss:
+    """The loss on mixed and erased images, if the config asks for it."""
+    options = _mixing(config)
+    if options is None:
+        return loss
+
+    def mixed(params, batch, rng, state):
+        mix_rng, rng = jax.random.split(rng)
+        batch = mixing.mixed_batch(mix_rng, batch, spec, options)
+        return loss(params, batch, rng, state)
+
+    return mixed
+
+
 def _ordinary_loss(config: Any, model: ViT) -> Loss:
-    return objective.classification_loss(
-        model, label_smoothing=config.label_smoothing, drop_path=config.drop_path
+    loss = objective.classification_loss(
+        model, label_smoothing=_smoothing(config), drop_path=config.drop_path
     )
+    return _mixed(config, model.spec, loss)
 
 
 def scratch(config: Any, spec: ViTSpec) -> Program:
@@ -134,7 +162,7 @@ def _piad_loss(config: Any, model: ViT) -> Loss:
     masks_of = objective.sampled_levels(
         spec, sampling=options.sampling, draw=draws[options.draw]
     )
-    smoothing = config.label_smoothing
+    smoothing = _smoothing(config)
     made = {
         "labels": lambda: objective.classification_loss(
             model,
@@ -157,7 +185,7 @@ def _piad_loss(config: Any, model: ViT) -> Loss:
     }
     if options.loss not in made:
         raise ValueError(f"loss {options.loss!r}: choose one of {', '.join(made)}.")
-    return made[options.loss]()
+    return _mixed(config, spec, made[options.loss]())
 
 
 def _teacher(path: str, spec: ViTSpec):

@@ -17,6 +17,9 @@ AUGMENTS = {
     "flip_crop": lambda options: functools.partial(
         augment.flip_crop, scale=(options.min_scale, 1.0), flip=options.flip
     ),
+    "deit": lambda options: functools.partial(
+        augment.deit, scale=(options.min_scale, 1.0), flip=options.flip
+    ),
     "shift_crop": lambda options: functools.partial(
         augment.shift_crop, pad=options.pad, flip=options.flip
     ),
@@ -96,6 +99,7 @@ def train(config: Any, *, workdir: str, overwrite: bool, resume: bool) -> str:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         on_bad_image=config.data.on_bad_image,
+        repeats=config.data.repeats,
     )
     per_epoch = len(source) // config.data.batch_size
     steps = max(1, round(config.epochs * per_epoch))
