@@ -293,13 +293,42 @@ def test_the_whole_recipe_trains_and_smooths_once(tmp_path, capsys):
     assert programs._mixing(config).smoothing == 0.1
 
 
+def test_transfer_gives_a_trained_network_a_fresh_head(files, params, tmp_path, capsys):
+    args = [
+        "train",
+        "--config=configs/transfer.py",
+        f"--config.model.path={files}/tiny.safetensors",
+        "--config.model.recipe=augreg",
+        "--config.model.fields.num_heads=2",
+        "--config.model.image_size=24",
+        "--config.model.num_classes=7",
+        f"--config.data.source=tar:{files}/images.tar",
+        "--config.data.batch_size=16",
+        "--config.epochs=1",
+        "--config.lr=1e-9",
+        "--config.warmup_epochs=0",
+        f"--workdir={tmp_path}/run",
+    ]
+    assert main.main(args) == 0
+    network = checkpoint.load_supernet(tmp_path / "run" / training.NETWORK)
+    assert network.spec.image_size == 24 and network.spec.num_classes == 7
+    assert network.params["head"]["kernel"].shape == (24, 7)
+    assert np.abs(network.params["head"]["kernel"]).max() < 1e-6
+    kept, old = (t["block_1"]["mlp"]["fc1"]["kernel"] for t in (network.params, params))
+    np.testing.assert_allclose(kept, old, atol=1e-6)
+    assert network.provenance["source"]["file"] == "tiny.safetensors"
+
+
 def test_a_bad_program_or_start_says_what_is_needed(supernet, files, tmp_path, capsys):
     piad = ["train", "--config=configs/piad.py", f"--workdir={tmp_path}/run"]
     start = f"--config.model.path={supernet}"
     for more, match in (
         ([], "give --config.model.path, of contract for piad"),
         ([f"--config.model.path={files}"], "not a super-network directory"),
-        ([start, "--config.program=prune"], "choose scratch, piad or finetune"),
+        (
+            [start, "--config.program=prune"],
+            "choose scratch, transfer, piad or finetune",
+        ),
         ([start, "--config.piad.loss=nice"], "loss 'nice': choose one of labels"),
         ([start, "--config.piad.draw=odd"], "draw 'odd': choose one of uniform"),
         ([start, "--config.piad.loss=teacher"], "--config.piad.teacher"),

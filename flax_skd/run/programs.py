@@ -1,4 +1,4 @@
-"""What to train: from scratch, PIAD, or one extracted network; data for one loop."""
+"""What to train: scratch, transfer, PIAD, one extracted network; data for one loop."""
 
 import functools
 import pathlib
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from flax_skd.io import checkpoint
 from flax_skd.io.checkpoint import SubNet, SuperNet
@@ -85,23 +86,33 @@ def _ordinary_loss(config: Any, model: ViT) -> Loss:
 
 def scratch(config: Any, spec: ViTSpec) -> Program:
     """A fresh network of the config's sizes."""
+    params = vit.init(spec, jax.random.key(config.seed))
+    return _whole(config, spec, params, {})
+
+
+def transfer(config: Any, network: SuperNet) -> Program:
+    """A trained network with a fresh head, for other classes."""
+    spec = network.spec.replace(num_classes=config.model.num_classes)
+    # A fresh head is zero: the first step changes nothing but the head.
+    fresh = jax.eval_shape(lambda: vit.init(spec, jax.random.key(0)))
+    heads = {name: fresh[name] for name in ("head", "head_dist") if name in fresh}
+    heads = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), heads)
+    return _whole(config, spec, {**network.params, **heads}, network.provenance)
+
+
+def _whole(config: Any, spec: ViTSpec, params: Params, provenance: dict) -> Program:
+    """Ordinary training of a full network."""
     model = _vit(config, spec)
 
     def save(directory, params, extra, facts):
         del extra
         full = piad.from_rows([SubnetSpec.full(spec)], spec)
+        facts = {**provenance, **facts}
         network = commands.stamped(SuperNet(params, spec, full, {}), facts)
         checkpoint.save_supernet(directory, network, overwrite=directory.exists())
 
-    return Program(
-        model,
-        vit.init(spec, jax.random.key(config.seed)),
-        _ordinary_loss(config, model),
-        None,
-        None,
-        _as_it_is,
-        save,
-    )
+    loss = _ordinary_loss(config, model)
+    return Program(model, params, loss, None, None, _as_it_is, save)
 
 
 def finetune(config: Any, small: SubNet) -> Program:

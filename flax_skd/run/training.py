@@ -9,7 +9,7 @@ import jax
 
 from flax_skd.io import augment, checkpoint, data, sources
 from flax_skd.method.spec import ViTSpec
-from flax_skd.run import evaluate, feed, programs, sharding
+from flax_skd.run import commands, evaluate, feed, programs, sharding
 from flax_skd.run import train as loop
 
 AUGMENTS = {
@@ -58,9 +58,11 @@ def program_of(config: Any) -> programs.Program:
     """
     if config.program == "scratch":
         return programs.scratch(config, spec_of(config.model))
+    if config.program == "transfer":
+        return programs.transfer(config, commands.load_network(config.model))
     if config.program not in ("piad", "finetune"):
         raise ValueError(
-            f"program {config.program!r}: choose scratch, piad or finetune."
+            f"program {config.program!r}: choose scratch, transfer, piad or finetune."
         )
     if not config.model.path:
         raise ValueError(
