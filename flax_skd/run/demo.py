@@ -20,13 +20,16 @@ PARTS = ("train", "contracted", "piad", "subnet", "finetune", "supernet")
 FILES = ("sweep.json", "sweep.csv", "sweep.png", "list.png")
 
 
-def run(folder: str, *, overwrite: bool = False, fast: bool = False) -> str:
+def run(
+    folder: str, *, overwrite: bool = False, fast: bool = False, seed: int = 0
+) -> str:
     """Trains, contracts, trains every size, sweeps, extracts, reloads, fine-tunes.
 
     Args:
       folder: where everything is left; new unless `overwrite`.
       overwrite: delete the demo that is there.
       fast: train a third as long.
+      seed: of all three trainings.
 
     Returns:
       The table and where things lie.
@@ -36,7 +39,7 @@ def run(folder: str, *, overwrite: bool = False, fast: bool = False) -> str:
       RuntimeError: if the reloaded sub-network is not the super-network's level.
     """
     path = _fresh(folder, overwrite)
-    train = functools.partial(_train, path, fast=fast)
+    train = functools.partial(_train, path, fast=fast, seed=seed)
     _say("1/6  training a small ViT on 1,347 handwritten digits ...")
     train("scratch", "train")
     trained = checkpoint.load_supernet(path / "train" / training.NETWORK)
@@ -83,9 +86,10 @@ super-network's at that level to {worst:.0e}. Fine-tuned: {tuned}.
 {path}/list.png          which block gave up what, level by level"""
 
 
-def _train(path: pathlib.Path, program: str, name: str, *, fast: bool, start=""):
+def _train(path: pathlib.Path, program: str, name: str, *, fast, seed, start=""):
     """Runs a shipped config in a folder of the demo; returns its scores in words."""
     config = config_files.load(f"configs/{program}.py")
+    config.seed = seed
     config.epochs = config.epochs // 3 if fast else config.epochs
     if start:
         config.model.path = str(path / start)

@@ -41,6 +41,7 @@ FLAGS = {  # name: (kind, default, help)
     "macs": ("float", None, "most multiply-accumulates an image (full count)"),
     "params": ("float", None, "most parameters"),
     "fast": ("boolean", False, "a shorter training, under a minute in all"),
+    "seed": ("integer", 0, "of the trainings"),
 }
 
 
@@ -70,9 +71,12 @@ COMMANDS = {
         "train, contract, sweep and extract a small ViT on handwritten digits",
         "[--fast]",
         "",
-        ("out", "overwrite", "fast"),
+        ("out", "overwrite", "fast", "seed"),
         lambda f: demo.run(
-            f.out or "flax_skd_demo", overwrite=f.overwrite, fast=f.fast
+            f.out or "flax_skd_demo",
+            overwrite=f.overwrite,
+            fast=f.fast,
+            seed=f.seed,
         ),
     ),
     "convert": Command(
@@ -162,6 +166,7 @@ def parse(name: str, arguments: list[str]) -> flags.FlagValues:
     kinds = {
         "string": flags.DEFINE_string,
         "boolean": flags.DEFINE_boolean,
+        "integer": flags.DEFINE_integer,
         "float": flags.DEFINE_float,
     }
     for flag in command.flags:
