@@ -226,6 +226,12 @@ def test_a_bad_config_value_says_what_is_allowed(files, tmp_path, capsys, more, 
     assert not (tmp_path / "x").exists()
 
 
+def test_a_converted_network_keeps_its_image_size(supernet, files, tmp_path, capsys):
+    args = ["convert", f"--config.model.path={supernet}", f"--workdir={tmp_path}/x"]
+    assert main.main([*args, "--config.model.image_size=32"]) == 1
+    assert "holds a network for 16 pixels, not 32" in capsys.readouterr().err
+
+
 def test_a_workdir_that_holds_a_run_is_found_before_the_long_pass(
     supernet, files, capsys
 ):

@@ -38,7 +38,13 @@ def load_network(model: Any) -> SuperNet:
         )
     path = pathlib.Path(model.path)
     if (path / checkpoint.SUPERNET_FILES[0]).is_file():
-        return checkpoint.load_supernet(path)
+        network = checkpoint.load_supernet(path)
+        if model.image_size not in (0, network.spec.image_size):
+            raise ValueError(
+                f"{path} holds a network for {network.spec.image_size} pixels, not "
+                f"{model.image_size}: resample when converting the weights file."
+            )
+        return network
     source = conversion.read(
         path,
         variant=model.variant or None,

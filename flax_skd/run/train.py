@@ -67,7 +67,8 @@ def initial_state(
 ) -> TrainState:
     """The state before the first step; its average starts at `params`."""
     params, extra = jax.tree.map(jnp.asarray, (params, extra))
-    return TrainState(jnp.int32(0), params, optimizer.init(params), params, rng, extra)
+    ema = jax.tree.map(jnp.copy, params)  # no memory may be donated twice
+    return TrainState(jnp.int32(0), params, optimizer.init(params), ema, rng, extra)
 
 
 def train_step(
