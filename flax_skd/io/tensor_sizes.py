@@ -77,7 +77,9 @@ def flatten(tensors: Flat, family: str) -> Flattened:
     out = Flattened(family)
     rules = {rule.key: rule for rule in TABLES[family]}
     canonical = {"timm": _timm_keys, "huggingface": _hf_keys, "jax": _jax_keys}
-    for name, key, value in canonical[family](tensors):
+    # By name: formats do not keep an order, and a message should repeat.
+    filed = sorted(canonical[family](tensors), key=lambda entry: entry[0])
+    for name, key, value in filed:
         out.add(name, key, value, rules)
     if len(set(out.heads.values())) > 1:
         common = collections.Counter(out.heads.values()).most_common(1)[0][0]
