@@ -119,6 +119,8 @@ def test_extract_writes_the_largest_network_within_the_budget(
     args = ["extract", f"--workdir={supernet}", f"--out={out}"]
     assert main.main([*args, "--budget=0.5"]) == 0
     assert "MACs (full count)" in capsys.readouterr().out
+    modes = {file.stat().st_mode & 0o777 for file in out.iterdir()}
+    assert len(modes) == 1  # whoever may read one file may read the other
     small, whole = checkpoint.load_subnet(out), checkpoint.load_supernet(supernet)
     level = small.provenance["level"]
     limit = macs.macs(whole.spec) / 2

@@ -162,7 +162,9 @@ def save_subnet(
     def write(fresh: pathlib.Path) -> None:
         folder.write_json(fresh / SUBNET_FILES[0], "sub-network", facts)
         flat = {k: np.ascontiguousarray(v) for k, v in params.items()}
-        require("safetensors.numpy").save_file(flat, fresh / SUBNET_FILES[1])
+        # Not save_file, which lets nobody else read what it wrote.
+        content = require("safetensors.numpy").save(flat)
+        (fresh / SUBNET_FILES[1]).write_bytes(content)
 
     folder.write_whole(directory, write, files=SUBNET_FILES, overwrite=overwrite)
 

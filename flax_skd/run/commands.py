@@ -181,7 +181,9 @@ def cuts_of(
 def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool) -> str:
     """The table of criteria against cuts, written after every criterion."""
     main = checkpoint.load_supernet(workdir)
-    networks = {main.provenance.get("criterion", "as trained"): main.params}
+    facts = main.provenance
+    name = facts.get("trained", facts.get("criterion", "as trained"))
+    networks = {name: main.params}
     for name in _listed(config.compare):
         networks[name] = checkpoint.load_supernet(f"{workdir}-{name}").params
     folder = pathlib.Path(out or f"{workdir.rstrip('/')}-sweep")
