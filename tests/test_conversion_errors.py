@@ -125,7 +125,9 @@ def test_a_hugging_face_network_that_runs_differently_is_refused(tmp_path, param
 def test_two_names_of_one_parameter_are_surplus(weights, timm_tensors):
     twice = {f"blocks.0.{n}": np.ones(8, np.float32) for n in ("ls1.gamma", "gamma_1")}
     save_file(timm_tensors | twice, weights)
-    with pytest.raises(ConversionError, match=r"surplus: .*ls1\.gamma \(means the same"):
+    with pytest.raises(
+        ConversionError, match=r"surplus: .*ls1\.gamma \(means the same"
+    ):
         read_timm(weights)
 
 

@@ -1,16 +1,21 @@
 """The mesh: eight devices compute what one computes."""
 
+import itertools
+
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from flax_skd.io import checkpoint
 from flax_skd.method.vit import ViT
-from flax_skd.run import objective, sharding
+from flax_skd.run import config_files, objective, sharding, train, training
 
 pytestmark = pytest.mark.skipif(
     jax.device_count() < 8, reason="needs eight (virtual) devices"
 )
+CUBE = {"data": 2, "fsdp": 2, "model": 2}
 
 
 def loss_and_grads(spec, params, batch, mesh):
@@ -24,7 +29,7 @@ def loss_and_grads(spec, params, batch, mesh):
     return jax.device_get(compute(params, sharding.shard_batch(batch, mesh)))
 
 
-@pytest.mark.parametrize("shape", [{"data": 8}, {"data": 2, "fsdp": 2, "model": 2}])
+@pytest.mark.parametrize("shape", [{"data": 8}, CUBE, {"fsdp": 2, "model": 4}])
 def test_eight_devices_give_the_loss_and_gradients_of_one(spec, params, batch, shape):
     batch = jax.tree.map(lambda x: np.concatenate([x, x])[:16], batch)
     one = sharding.mesh({"data": 1}, devices=jax.devices()[:1])
@@ -38,8 +43,128 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(spec, params, batch, s
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5 * largest)
 
 
+def after_five_steps(spec, params, batch, optimizer, mesh):
+    state = train.initial_state(params, optimizer, jax.random.key(3))
+    loss = objective.classification_loss(ViT(spec), drop_path=0.3)
+    return train.fit(
+        state,
+        itertools.repeat({k: batch[k][:8] for k in ("image", "label")}),
+        loss=loss,
+        optimizer=optimizer,
+        steps=5,
+        mesh=mesh,
+        ema_decay=0.9,
+    )
+
+
+# The gradient of the keys' bias is zero, as softmax does not see a shift: AdamW makes
+# whole steps of its rounding.
+@pytest.mark.parametrize(
+    ("optimizer", "but"),
+    [(optax.sgd(0.1), "nothing"), (train.make_optimizer(1e-3), "key/bias")],
+    ids=["sgd", "adamw"],
+)
+def test_five_steps_on_a_mesh_of_three_axes_are_those_of_one_device(
+    spec, params, batch, optimizer, but
+):
+    one = sharding.mesh({"data": 1}, devices=jax.devices()[:1])
+    want = after_five_steps(spec, params, batch, optimizer, one)
+    got = after_five_steps(spec, params, batch, optimizer, sharding.mesh(CUBE))
+    moved = 0
+    for name in ("params", "ema"):
+        before, after = jax.tree.leaves(params), getattr(want, name)
+        paths = jax.tree_util.tree_leaves_with_path(after)
+        there = jax.tree.leaves(getattr(got, name))
+        for (path, w), g, p in zip(paths, there, before, strict=True):
+            path = jax.tree_util.keystr(path, simple=True, separator="/")
+            if not path.endswith(but):
+                np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5, err_msg=path)
+                moved += np.abs(w - p).max() > 5e-4
+    assert moved > 40  # nearly all arrays of both trees, far beyond the tolerance
+
+
+# End of path -> into how many parts the array is cut on that mesh.
+CUT = {
+    **{f"attn/{site}/kernel": 4 for site in ("query", "key", "value", "out")},
+    **{f"attn/{site}/bias": 2 for site in ("query", "key", "value")},
+    "mlp/fc1/kernel": 4,
+    "mlp/fc1/bias": 2,
+    "mlp/fc2/kernel": 4,
+    "patch_embed/kernel": 2,
+    "head/kernel": 2,
+}
+
+
+def test_a_state_is_cut_by_its_paths_and_stays_so(spec, params, batch):
+    optimizer = train.make_optimizer(1e-3)
+    state = after_five_steps(spec, params, batch, optimizer, sharding.mesh(CUBE))
+    cut = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state._replace(rng=None)):
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        parts = leaf.size // leaf.addressable_shards[0].data.size
+        assert parts == next((n for end, n in CUT.items() if path.endswith(end)), 1)
+        cut += parts > 1
+    # Parameters, both moments of AdamW and the average, of 3 blocks of 10 arrays.
+    assert cut == 4 * (3 * 10 + 2)
+
+
+def test_what_is_cut_can_be_gathered(params):
+    mesh = sharding.mesh(CUBE)
+    there = sharding.copy_to(params, sharding.param_sharding(params, mesh))
+    whole = sharding.gathered(there, mesh)
+    assert not all(x.is_fully_replicated for x in jax.tree.leaves(there))
+    assert all(x.is_fully_replicated for x in jax.tree.leaves(whole))
+    jax.tree.map(np.testing.assert_array_equal, whole, params)
+
+
+def test_heads_that_do_not_divide_stay_whole(params):
+    mesh = sharding.mesh({"data": 1, "model": 8})
+    block = sharding.param_sharding(params, mesh)["block_0"]
+    assert block["attn"]["query"]["kernel"].is_fully_replicated  # 2 heads
+    assert block["mlp"]["fc1"]["kernel"].spec == PartitionSpec(None, "model")
+
+
+@pytest.mark.parametrize("rest", [-1, 0])
+def test_the_data_axis_takes_the_devices_that_are_left(rest):
+    mesh = sharding.mesh({"data": rest, "fsdp": 2, "model": 2})
+    assert dict(mesh.shape) == CUBE
+    with pytest.raises(ValueError, match=r"'fsdp': 3.* multiply to the 8 devices"):
+        sharding.mesh({"data": rest, "fsdp": 3})
+
+
+@pytest.mark.parametrize("name", ["scratch", "transfer", "piad", "finetune"])
+def test_every_training_config_has_all_devices_on_one_axis(name):
+    mesh = sharding.mesh(config_files.load(f"configs/{name}.py").mesh)
+    assert dict(mesh.shape) == {"data": 8, "fsdp": 1, "model": 1}
+
+
+def test_the_programs_train_on_the_mesh_of_their_config(tmp_path):
+    pytest.importorskip("sklearn")
+
+    def trained(program, folder, *, resume=False, start="", **sizes):
+        config = config_files.load(f"configs/{program}.py")
+        config.epochs = config.evaluate_epochs = 1
+        config.warmup_epochs = 0
+        config.data.batch_size = 256
+        config.mesh.update(sizes)
+        if start:
+            config.model.path = str(tmp_path / start / training.NETWORK)
+            config.piad.calibration.images = 64
+        else:
+            config.model.depth = 1
+        workdir = str(tmp_path / folder)
+        training.train(config, workdir=workdir, overwrite=False, resume=resume)
+        return checkpoint.load_supernet(tmp_path / folder / training.NETWORK)
+
+    first = trained("scratch", "whole", fsdp=2, model=2)
+    again = trained("scratch", "whole", resume=True)  # on another mesh
+    jax.tree.map(np.testing.assert_array_equal, again.params, first.params)
+    grown = trained("piad", "grown", start="whole", fsdp=4, model=2)
+    assert int(grown.dropout_list.levels) > 0
+
+
 def test_a_batch_is_shared_out_over_data_and_fsdp():
-    mesh = sharding.mesh({"data": 2, "fsdp": 2, "model": 2})
+    mesh = sharding.mesh(CUBE)
     images = np.arange(8 * 3).reshape(8, 3).astype(np.float32)
     out = sharding.shard_batch({"image": images}, mesh)["image"]
     np.testing.assert_array_equal(out, images)

@@ -61,6 +61,7 @@ class EvalBatches:
 
     Attributes:
       num_examples: images, those skipped included.
+      rows: first and end of those of every batch that are read; None for all.
     """
 
     source: Source
@@ -68,9 +69,26 @@ class EvalBatches:
     batch_size: int
     indices: Sequence[int]
     bad: _BadImages
+    rows: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return math.ceil(len(self.indices) / self.batch_size)
+
+    def of_process(self, index: int, count: int) -> "EvalBatches":
+        """What process `index` of `count` reads: its rows of every batch.
+
+        All have the same number of batches; their rows in turn make up the whole.
+
+        Raises:
+          ValueError: if a batch does not divide over the processes.
+        """
+        if self.batch_size % count:
+            raise ValueError(
+                f"batch_size = {self.batch_size} must be a multiple of the {count} "
+                "processes."
+            )
+        share = self.batch_size // count
+        return dataclasses.replace(self, rows=(index * share, (index + 1) * share))
 
     @property
     def num_examples(self) -> int:
@@ -85,10 +103,13 @@ class EvalBatches:
     def __iter__(self) -> Iterator[Batch]:
         pool = concurrent.futures.ThreadPoolExecutor(_threads())
         try:
-            size = self.batch_size
+            start, end = self.rows or (0, self.batch_size)
             batches = (
-                [pool.submit(self._load, int(i)) for i in self.indices[at : at + size]]
-                for at in range(0, len(self.indices), size)
+                [
+                    pool.submit(self._load, int(i))
+                    for i in self.indices[at + start : at + end]
+                ]
+                for at in range(0, len(self.indices), self.batch_size)
             )
             waiting = collections.deque(itertools.islice(batches, _AHEAD))
             while waiting:
@@ -107,7 +128,8 @@ class EvalBatches:
             return None
 
     def _stack(self, loaded: list[tuple[np.ndarray, int] | None]) -> Batch:
-        size, side = self.batch_size, self.spec.image_size
+        start, end = self.rows or (0, self.batch_size)
+        size, side = end - start, self.spec.image_size
         batch = {
             "image": np.zeros((size, side, side, self.spec.in_channels), np.uint8),
             "label": np.zeros(size, np.int32),
@@ -258,13 +280,13 @@ def train_batches(
     loader = _TrainLoader(source, spec, augment, _BadImages(on_bad_image))
     positions = grain.MapDataset.range(len(source)).seed(seed).shuffle()
     if repeats == 1:
-        examples = positions[process_index::process_count].repeat().random_map(loader)
+        # The slice of all is no idle step: steps before the draws decide their seeds.
+        drawn = positions[::1].repeat().random_map(loader)
     else:
-        # Augmented before it is shared out: the draws of one image differ then, though
-        # each process has one.
         order = _RepeatedOrder(positions, len(source), repeats)
         drawn = grain.MapDataset.source(order).seed(seed).random_map(loader)
-        examples = drawn[process_index::process_count]
+    # Augmented before it is shared out: else the processes would draw the same.
+    examples = drawn[process_index::process_count]
     # Batches are put together after the threads: they share out images, and no more
     # than a few batches wait in memory.
     options = grain.ReadOptions(

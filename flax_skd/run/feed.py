@@ -1,7 +1,7 @@
 """Images and parameters onto the mesh, with a bar to watch."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,11 +40,12 @@ def batches_of(section: Any, spec: ViTSpec, *, seed: int) -> data.EvalBatches:
 class OnMesh:
     """Batches as global arrays, examples shared out over the mesh.
 
-    Iterating again starts again, if the batches can.
+    Each process reads its part of every batch. Iterating again starts again.
     """
 
-    def __init__(self, batches: Iterable[Any], mesh: jax.sharding.Mesh):
-        self._batches, self._mesh = batches, mesh
+    def __init__(self, batches: data.EvalBatches, mesh: jax.sharding.Mesh):
+        self._mesh = mesh
+        self._batches = batches.of_process(jax.process_index(), jax.process_count())
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self._batches:
@@ -63,5 +64,5 @@ def progress(what: str, total: int):
 
 
 def placed(params: Params, mesh: jax.sharding.Mesh) -> Params:
-    """The parameters on the mesh."""
-    return jax.device_put(params, sharding.param_sharding(params, mesh))
+    """The parameters on the mesh, whole on every device: to measure, not to train."""
+    return sharding.gathered(params, mesh)

@@ -148,7 +148,7 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
         rows = [levels.widths(s, spec) for s in range(int(levels.levels) + 1)]
         network = SuperNet(params, spec, piad.from_rows(rows, spec), {})
         network = network._replace(provenance=supernet.provenance)
-        network = commands.stamped(network, facts)
+        network = commands.stamped(network, {**facts, "trained": "piad"})
         checkpoint.save_supernet(directory, network, overwrite=directory.exists())
 
     return Program(
@@ -213,17 +213,17 @@ def _grower(config: Any, model: ViT, groups: growth.Groups):
     spec, options = model.spec, config.piad
     progressive = options.progressive_epochs or growth.progressive_epochs(config.epochs)
     batches = feed.batches_of(options.calibration, spec, seed=config.seed)
-    mesh = sharding.mesh()
+    mesh = sharding.mesh(config.mesh)
     cost = costs.cost_named(options.cost, spec.num_classes)
     rise = importance.sensitivity_named(options.sensitivity, spec.num_classes)
 
     def before_epoch(epoch, state):
-        levels = state.extra
+        levels = jax.device_get(state.extra)
         if epoch >= progressive:
             return levels
         measured = importance.measure(
             model,
-            state.params,
+            sharding.gathered(state.params, mesh),
             feed.OnMesh(batches, mesh),
             levels.widths(int(levels.levels), spec),
             cost=cost,

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,40 +13,72 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "model")
 Rules = tuple[tuple[str, PartitionSpec], ...]
 
-# Path pattern -> mesh axes of the array's axes; the first that matches counts. A ViT
-# fits every accelerator whole, so nothing is cut by default.
-REPLICATED: Rules = ()
+# Path pattern -> mesh axes of the array's axes; the first that matches counts, and what
+# none matches lies whole on every device: norms, tokens, positions, small biases. Heads
+# and hidden units go over `model`, so that a branch needs one sum over it; the width
+# goes over `fsdp`, which only saves memory. Moments and averages of an array have its
+# path at the end of theirs.
+RULES: Rules = (
+    (r"attn/(query|key|value)/kernel$", PartitionSpec("fsdp", "model", None)),
+    (r"attn/(query|key|value)/bias$", PartitionSpec("model", None)),
+    (r"attn/out/kernel$", PartitionSpec("model", None, "fsdp")),
+    (r"mlp/fc1/kernel$", PartitionSpec("fsdp", "model")),
+    (r"mlp/fc1/bias$", PartitionSpec("model")),
+    (r"mlp/fc2/kernel$", PartitionSpec("model", "fsdp")),
+    (r"patch_embed/kernel$", PartitionSpec(None, None, None, "fsdp")),
+    (r"(pre_logits|head|head_dist)/kernel$", PartitionSpec("fsdp", None)),
+)
 
 
 def mesh(
-    shape: dict[str, int] | None = None, *, devices: Sequence[Any] | None = None
+    shape: Mapping[str, int] | None = None, *, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """A mesh of named axes.
 
     Args:
       shape: size of each axis, names from `AXES`; by default all devices on `data`.
-      devices: by default all there are, of all hosts.
+        -1 or 0 as the size of `data` takes all devices that the others leave.
+      devices: by default all there are, of all processes.
 
     Raises:
-      ValueError: if an axis is unknown or the sizes do not make up the devices.
+      ValueError: if an axis is unknown, the sizes do not make up the devices, or the
+        axis `model` reaches over several processes, which have different examples.
     """
     devices = list(devices if devices is not None else jax.devices())
-    shape = shape or {"data": len(devices)}
-    unknown = sorted(set(shape) - set(AXES))
-    if unknown or math.prod(shape.values()) != len(devices) or min(shape.values()) < 1:
+    asked = dict(shape or {"data": -1})
+    # `model` last: its devices are neighbours.
+    sizes = {name: asked[name] for name in AXES if name in asked}
+    if sizes.get("data") in (-1, 0):
+        others = math.prod(size for name, size in sizes.items() if name != "data")
+        sizes["data"] = len(devices) // max(1, others)
+    made = math.prod(sizes.values()) if min(sizes.values(), default=0) > 0 else 0
+    if len(sizes) != len(asked) or made != len(devices):
         raise ValueError(
-            f"mesh {shape}: the axes are {AXES} and their sizes must multiply to the "
+            f"mesh {asked}: the axes are {AXES} and their sizes must multiply to the "
             f"{len(devices)} devices there are."
         )
-    return jax.make_mesh(
-        tuple(shape.values()),
-        tuple(shape),
-        axis_types=(AxisType.Auto,) * len(shape),  # the default is Explicit
+    mesh = jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),  # the default is Explicit
         devices=devices,
     )
+    _check_processes(mesh)
+    return mesh
 
 
-def param_sharding(params: Any, mesh: Mesh, *, rules: Rules = REPLICATED) -> Any:
+def _check_processes(mesh: Mesh) -> None:
+    if "model" not in mesh.shape:
+        return
+    rows = mesh.devices.reshape(-1, mesh.shape["model"])
+    if any(len({device.process_index for device in row}) > 1 for row in rows):
+        raise ValueError(
+            f"mesh {dict(mesh.shape)}: the axis 'model' must divide the "
+            f"{jax.local_device_count()} devices of a process: choose a smaller one."
+        )
+
+
+def param_sharding(params: Any, mesh: Mesh, *, rules: Rules = RULES) -> Any:
     """Where each array of a tree lies: parameters, optimizer state or both.
 
     Args:
@@ -76,6 +108,11 @@ def _fitting(axes: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> Partiti
         return known and size % math.prod(mesh.shape[n] for n in names) == 0
 
     return PartitionSpec(*(a if fits(a, n) else None for a, n in zip(axes, shape)))
+
+
+def gathered(tree: Any, mesh: Mesh) -> Any:
+    """A tree of arrays of a mesh, each whole on every device, so that any host reads it."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def copy_to(tree: Any, places: Any) -> Any:

@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from flax_skd.io import augment, checkpoint, data, sources
 from flax_skd.method.spec import ViTSpec
@@ -116,18 +117,20 @@ def train(config: Any, *, workdir: str, overwrite: bool, resume: bool) -> str:
     )
     rng = jax.random.key(config.seed + 1)
     scores: dict[str, float] = {}
+    mesh = sharding.mesh(config.mesh)
     state = loop.fit(
         loop.initial_state(program.params, optimizer, rng, extra=program.extra),
         batches,
         loss=program.loss,
         optimizer=optimizer,
         steps=steps,
-        config={**config.to_dict(), "images": len(source)},
+        config=_what_decides(config, images=len(source)),
+        mesh=mesh,
         workdir=workdir,
         overwrite=overwrite,
         resume=resume,
         checkpoint_every=config.checkpoint_every,
-        evaluate=_evaluator(config, program, scores),
+        evaluate=_evaluator(config, program, mesh, scores),
         evaluate_every=max(1, round(config.evaluate_epochs * per_epoch)),
         before_epoch=program.before_epoch,
         epoch_steps=per_epoch,
@@ -138,12 +141,21 @@ def train(config: Any, *, workdir: str, overwrite: bool, resume: bool) -> str:
     params = state.ema if config.weights == "ema" else state.params
     target = pathlib.Path(workdir) / NETWORK
     facts = {"config": config.to_dict(), "steps": steps, "weights": config.weights}
-    program.save(target, *jax.device_get((params, state.extra)), facts)
+    whole = jax.device_get(sharding.gathered((params, state.extra), mesh))
+    program.save(target, *whole, facts)
     found = ", ".join(f"{k} {v:.2f} %" for k, v in scores.items())
     return f"wrote {target}: {steps} steps, {found or 'not evaluated'}"
 
 
-def _evaluator(config: Any, program: programs.Program, latest: dict[str, float]):
+def _what_decides(config: Any, *, images: int) -> dict[str, Any]:
+    """What a resumed run must share: all but the mesh, which may be another one."""
+    fields = {name: value for name, value in config.to_dict().items() if name != "mesh"}
+    return {**fields, "images": images}
+
+
+def _evaluator(
+    config: Any, program: programs.Program, mesh: Mesh, latest: dict[str, float]
+):
     """Function of the train state -> top-1 of raw and averaged weights, or None.
 
     What it found last is left in `latest`.
@@ -153,11 +165,12 @@ def _evaluator(config: Any, program: programs.Program, latest: dict[str, float])
     model, spec = program.model, program.model.spec
     source = sources.open_source(config.data.eval_source, num_classes=spec.num_classes)
     batches = data.eval_batches(source, spec, batch_size=config.data.batch_size)
-    images = feed.OnMesh(batches, sharding.mesh())
+    images = feed.OnMesh(batches, mesh)
 
     def evaluator(state):
         sizes = program.sizes(jax.device_get(state.extra))
         for name, params in (("raw", state.params), ("ema", state.ema)):
+            params = sharding.gathered(params, mesh)
             found = evaluate.evaluate(model, params, images, list(sizes.values()))
             for size, score in zip(sizes, found):
                 key = f"{name}_top1" if size == "full" else f"{name}_{size}_top1"

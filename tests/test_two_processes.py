@@ -1,0 +1,143 @@
+"""Two processes on one machine, as two hosts would be, do what one process does."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import two_processes
+
+from flax_skd.io import data
+from flax_skd.run import sharding
+
+pytest.importorskip("grain")
+pytest.importorskip("PIL")
+
+SECONDS = 75  # then they are ended: a process that waits for the other waits for ever
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def started(index, port, folder):
+    here = pathlib.Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    log = (folder / f"{index}.log").open("w")
+    with log:
+        return subprocess.Popen(
+            [sys.executable, two_processes.__file__, str(port), str(index), folder],
+            env=env,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """The results of both processes."""
+    folder, port = tmp_path_factory.mktemp("pod"), free_port()
+    processes = [started(index, port, folder) for index in (0, 1)]
+    end = time.monotonic() + SECONDS
+    try:
+        codes = [p.wait(max(0.1, end - time.monotonic())) for p in processes]
+    except subprocess.TimeoutExpired:
+        codes = "too slow"
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    logs = [(folder / f"{index}.log").read_text()[-3000:] for index in (0, 1)]
+    assert codes == [0, 0], "\n".join(logs)
+    return [dict(np.load(folder / f"{index}.npz")) for index in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The results of one process with one device."""
+    mesh = sharding.mesh({"data": 1}, devices=jax.devices()[:1])
+    return two_processes.results(mesh, tmp_path_factory.mktemp("alone") / "run")
+
+
+def test_both_processes_have_the_same_results(found):
+    for name, value in found[0].items():
+        np.testing.assert_array_equal(found[1][name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("part", ["sums", "importance", "losses", "params"])
+def test_two_processes_measure_and_train_as_one_does(found, alone, part):
+    names = [name for name in alone if name.startswith(f"['{part}']")]
+    assert names
+    for name in names:
+        want = alone[name]
+        near = 1e-5 * max(1e-3, np.abs(want).max())
+        np.testing.assert_allclose(
+            found[0][name], want, rtol=1e-5, atol=near, err_msg=name
+        )
+
+
+def test_two_processes_grow_the_list_and_score_of_one(found, alone):
+    assert int(alone["['levels'].levels"]) > 5
+    assert int(alone["['score'].images"]) == two_processes.IMAGES
+    for name, want in alone.items():
+        if name.startswith(("['levels']", "['score'].top")):
+            np.testing.assert_array_equal(found[0][name], want, err_msg=name)
+
+
+def test_an_axis_of_parameters_over_two_processes_is_refused(found):
+    assert "must divide the 2 devices of a process" in str(found[0]["refused"])
+
+
+# What each process reads.
+
+
+def test_processes_share_out_every_batch_and_pad_the_last():
+    source = two_processes.images()
+    whole = data.eval_batches(source, two_processes.SPEC, batch_size=4)
+    parts = [list(whole.of_process(index, 2)) for index in (0, 1)]
+    assert [len(part) for part in parts] == [len(whole)] * 2 == [4, 4]
+    for want, *rows in zip(whole, *parts, strict=True):
+        for key, values in want.items():
+            got = np.concatenate([batch[key] for batch in rows])
+            np.testing.assert_array_equal(got, values)
+    assert parts[1][-1]["weight"].tolist() == [0, 0]
+
+
+def test_a_batch_that_does_not_divide_over_the_processes_is_refused():
+    source = two_processes.images()
+    batches = data.eval_batches(source, two_processes.SPEC, batch_size=5)
+    with pytest.raises(ValueError, match="batch_size = 5 .* multiple of the 2"):
+        batches.of_process(0, 2)
+
+
+def noise(image, rng, spec):
+    """Shows the draws themselves: no two are the same by chance."""
+    return rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
+
+
+def test_processes_share_out_the_examples_of_one_with_draws_of_their_own():
+    def training(**options):
+        return data.train_batches(
+            *(two_processes.images(), two_processes.SPEC),
+            batch_size=4,
+            seed=0,
+            augment=noise,
+            **options,
+        )
+
+    whole = training()
+    parts = [training(process_index=i, process_count=2) for i in (0, 1)]
+    for _ in range(8):  # over the ends of two epochs, whose length is odd
+        want, got = next(whole), [next(part) for part in parts]
+        assert (got[0]["image"] != got[1]["image"]).any((1, 2, 3)).all()
+        for index, part in enumerate(got):
+            for key, values in part.items():
+                np.testing.assert_array_equal(values, want[key][index::2])
