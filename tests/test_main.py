@@ -1,5 +1,6 @@
 """The program as a user runs it, from files to files, on a tiny network."""
 
+import contextlib
 import io
 import json
 import os
@@ -71,7 +72,11 @@ def contract_args(files, workdir, *more):
 def supernet(files):
     workdir = files / "supernet"
     args = contract_args(files, workdir, "--config.compare=taylor1,random")
-    assert main.main(args) == 0
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main.main(args) == 0
+    changes = re.findall(r"changed by at most (\S+) on 16", printed.getvalue())
+    assert len(changes) == 3 and max(map(float, changes)) < 1e-4
     return workdir
 
 
