@@ -1,9 +1,13 @@
 """The notebooks run from top to bottom, and are committed without outputs."""
 
+import functools
 import json
 import pathlib
 
+import jax
 import pytest
+
+from flax_skd.run import sharding
 
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "colab").glob("*.ipynb"))
 
@@ -22,6 +26,8 @@ def test_notebooks_are_committed_without_outputs(path):
 
 def test_the_quickstart_runs_and_wpac_beats_plain_cuts(monkeypatch, capsys):
     monkeypatch.setenv("FLAX_SKD_FAST", "1")
+    one = functools.partial(sharding.mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "mesh", one)
     (path,) = (p for p in NOTEBOOKS if p.stem == "quickstart")
     names = {}
     for cell in code_cells(path):

@@ -166,6 +166,8 @@ def measure(
         sums = _jitted_sums(
             model, params, batch, widths, cost=cost, sensitivity=sensitivity
         )
+        # One program over devices at a time, as in `evaluate`.
+        sums = jax.block_until_ready(sums)
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     if total is None or not float(total.images):
         raise ValueError("no calibration images: the source of batches is empty.")

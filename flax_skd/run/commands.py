@@ -90,7 +90,7 @@ def calibrate(
         def counted():
             for batch in feed.OnMesh(batches, mesh):
                 yield batch
-                bar.update(int(batch["weight"].sum()))
+                bar.update(min(batches.batch_size, bar.total - bar.n))
 
         return statistics.collect(
             model,

@@ -149,7 +149,11 @@ def evaluate(
         full = _jitted_logits(model, params, batch["image"])
         sums = []
         for w in traced:
-            sums.append(_jitted_sums(model, params, batch, full, w))
+            # Waited for: progress is what is done, and no two programs that meet over
+            # devices are in flight at once (virtual CPU devices may then deadlock).
+            sums.append(
+                jax.block_until_ready(_jitted_sums(model, params, batch, full, w))
+            )
             progress(len(batch["label"]))
         totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
     if totals is None:
