@@ -19,11 +19,13 @@ def get_config(variant: str = "") -> ConfigDict:
     config.program = "finetune"
     config.model = ConfigDict()
     config.model.path = ""
+    config.model.fresh = False  # True: its sizes with new weights, to compare
 
     config.data = ConfigDict()
     config.data.source = "" if variant else "digits:train"
     config.data.eval_source = "" if variant else "digits:test"
     config.data.labels = ""
+    config.data.images = 0  # so many of them, the same ones every time; 0 for all
     config.data.batch_size = 1024 if variant else 64
     config.data.augment = ConfigDict()
     config.data.augment.name = "deit" if variant else "shift_crop"  # flip_crop | none

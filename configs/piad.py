@@ -29,6 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.source = "" if variant else "digits:train"
     config.data.eval_source = "" if variant else "digits:test"
     config.data.labels = ""
+    config.data.images = 0  # so many of them, the same ones every time; 0 for all
     config.data.batch_size = 1024 if variant else 64
     config.data.augment = ConfigDict()
     config.data.augment.name = "deit" if variant else "shift_crop"  # flip_crop | none
@@ -46,6 +47,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.piad.groups.mlp_lane = 1
     config.piad.share = 0.875  # of all MACs, saved in the end
     config.piad.progressive_epochs = 50 if variant else 0  # 0: a third of the run
+    config.piad.masks = "levels"  # of the ablation: none | random_units |
+    # weighted_units | branches
+    config.piad.branch_rate = 0.2  # at which branches are skipped
     config.piad.sampling = "per_step"  # or "per_example"
     config.piad.draw = "uniform"  # over levels, or over "macs"
     config.piad.loss = "labels"  # in_place | sandwich | teacher

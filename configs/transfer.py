@@ -37,6 +37,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.source = ""
     config.data.eval_source = ""
     config.data.labels = ""
+    config.data.images = 0  # so many of them, the same ones every time; 0 for all
     config.data.batch_size = 128
     config.data.augment = ConfigDict()
     config.data.augment.name = "shift_crop"  # deit | flip_crop | none

@@ -41,7 +41,7 @@ FLOORS = {
     **dict.fromkeys(
         [
             *("run.sharding", "run.train", "run.objective", "run.optimizer"),
-            *("run.interrupt", "run.distillation", "run.mixing"),
+            *("run.interrupt", "run.elastic", "run.distillation", "run.mixing"),
             *("run.progress", "run.evaluate", "run.report"),
         ],
         5,

@@ -13,27 +13,33 @@ from flax_skd.method.vit import Params
 from flax_skd.run import sharding
 
 
-def open_images(section: Any, spec: ViTSpec) -> sources.Source:
-    """The source that the `data` section of a config names, labels checked."""
+def open_images(section: Any, spec: ViTSpec, *, seed: int = 0) -> sources.Source:
+    """The source that the `data` section of a config names, labels checked.
+
+    Where `section.images` is not 0, so many of its images, chosen by `seed`.
+    """
     if not section.source:
         raise ValueError(
             "no images: give --config.data.source, for example tar:IMAGES.tar, "
             "folder:DIR, npz:FILE, tfds:NAME:SPLIT or digits:test."
         )
-    return sources.open_source(
+    source = sources.open_source(
         section.source,
         labels=section.labels or None,
         num_classes=spec.num_classes or None,
     )
+    if section.images:
+        source = sources.take(source, section.images, seed=seed)
+    return source
 
 
 def batches_of(section: Any, spec: ViTSpec, *, seed: int) -> data.EvalBatches:
     """Evaluation batches of the `data` section of a config; 0 images for all."""
-    source = open_images(section, spec)
-    if section.images:
-        source = sources.take(source, section.images, seed=seed)
     return data.eval_batches(
-        source, spec, batch_size=section.batch_size, on_bad_image=section.on_bad_image
+        open_images(section, spec, seed=seed),
+        spec,
+        batch_size=section.batch_size,
+        on_bad_image=section.on_bad_image,
     )
 
 

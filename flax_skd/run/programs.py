@@ -13,8 +13,16 @@ from flax_skd.io.checkpoint import SubNet, SuperNet
 from flax_skd.method import costs, growth, importance, macs, piad, vit
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import Params, ViT
-from flax_skd.run import commands, distillation, feed, mixing, objective, sharding
-from flax_skd.run.objective import Loss
+from flax_skd.run import (
+    commands,
+    distillation,
+    elastic,
+    feed,
+    mixing,
+    objective,
+    sharding,
+)
+from flax_skd.run.objective import Loss, MasksOf
 
 
 class Program(NamedTuple):
@@ -116,8 +124,12 @@ def _whole(config: Any, spec: ViTSpec, params: Params, provenance: dict) -> Prog
 
 
 def finetune(config: Any, small: SubNet) -> Program:
-    """One extracted network, on its own."""
+    """One extracted network, on its own; `model.fresh` keeps its sizes alone."""
     model = _vit(config, small.spec, small.widths)
+    if config.model.fresh:
+        rng = jax.random.key(config.seed)
+        params = vit.init(small.spec, rng, widths=small.widths)
+        small = small._replace(params=params)
 
     def save(directory, params, extra, facts):
         del extra
@@ -154,7 +166,7 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
     return Program(
         model,
         supernet.params,
-        _piad_loss(config, model),
+        _piad_loss(config, model, groups),
         growth.start(spec, groups),
         _grower(config, model, groups),
         sizes,
@@ -162,17 +174,35 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
     )
 
 
-def _piad_loss(config: Any, model: ViT) -> Loss:
-    spec, options = model.spec, config.piad
+def _piad_masks(options: Any, spec: ViTSpec, groups: growth.Groups) -> MasksOf:
+    """What a step drops: a level of the list, or a variant of the ablation."""
     draws = {
         "uniform": piad.sample_level,
         "macs": functools.partial(piad.sample_level_by_macs, spec=spec),
     }
     if options.draw not in draws:
         raise ValueError(f"draw {options.draw!r}: choose one of {', '.join(draws)}.")
-    masks_of = objective.sampled_levels(
-        spec, sampling=options.sampling, draw=draws[options.draw]
+    draw = draws[options.draw]
+    if options.masks == "levels":
+        return objective.sampled_levels(spec, sampling=options.sampling, draw=draw)
+    if options.sampling != "per_step" or options.loss in ("in_place", "sandwich"):
+        raise ValueError(
+            f"masks {options.masks!r} go with sampling 'per_step' and the losses "
+            f"'labels' and 'teacher', not {options.sampling!r} and {options.loss!r}."
+        )
+    if options.masks == "none":
+        return objective.whole
+    if options.masks not in elastic.MASKS:
+        known = ", ".join(["levels", "none", *elastic.MASKS])
+        raise ValueError(f"masks {options.masks!r}: choose one of {known}.")
+    return elastic.MASKS[options.masks](
+        spec, groups=groups, draw=draw, rate=options.branch_rate
     )
+
+
+def _piad_loss(config: Any, model: ViT, groups: growth.Groups) -> Loss:
+    spec, options = model.spec, config.piad
+    masks_of = _piad_masks(options, spec, groups)
     smoothing = _smoothing(config)
     made = {
         "labels": lambda: objective.classification_loss(
