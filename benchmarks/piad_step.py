@@ -30,7 +30,7 @@ def steps_of(spec: ViTSpec, batch: dict, traces: list[str]):
     losses = {
         "dense": objective.classification_loss(model),
         "piad": objective.classification_loss(
-            model, masks_of=objective.sampled_levels(spec)
+            model, cut_of=objective.sampled_levels(spec)
         ),
     }
     for name, loss in losses.items():
@@ -43,7 +43,7 @@ def steps_of(spec: ViTSpec, batch: dict, traces: list[str]):
             vit.init(spec, jax.random.key(0)),
             optimizer,
             jax.random.key(1),
-            extra=piad.uniform(spec),
+            extra=objective.Elastic(piad.uniform(spec)),
         )
         step = functools.partial(
             train.train_step, loss=counted, optimizer=optimizer, ema_decay=0.999

@@ -39,11 +39,11 @@ def get_config(variant: str = "piad") -> ConfigDict:
         if variant == "start":
             config.model.update(SIZES)
             config.epochs = START_EPOCHS
-            config.warmup_epochs = 1
+            config.warmup_epochs = 1.0
         elif variant == "alone":
             config.model.fresh = True
             config.epochs = START_EPOCHS + EPOCHS
-            config.warmup_epochs = 1
+            config.warmup_epochs = 1.0
             config.drop_path = 0.0
         else:
             config.epochs = EPOCHS
@@ -53,7 +53,7 @@ def get_config(variant: str = "piad") -> ConfigDict:
     return config
 
 
-START_EPOCHS, EPOCHS = 16, 12
+START_EPOCHS, EPOCHS = 12.0, 8.0
 SIZES = {
     "image_size": 32,
     "patch_size": 8,
@@ -77,5 +77,5 @@ def _recipe(config: ConfigDict) -> None:
     config.label_smoothing = 0.1
     config.clip_norm = 1.0
     config.ema_decay = 0.99
-    config.evaluate_epochs = 100  # once, at the end
+    config.evaluate_epochs = 100.0  # once, at the end
     config.log_every_s = 20.0

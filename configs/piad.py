@@ -12,7 +12,7 @@ A step costs what a dense training step does. The paper's sub-networks of DeiT-B
 
 from ml_collections import ConfigDict
 
-EPOCHS = {"": 60, "Ti": 300, "S": 300, "B": 150}
+EPOCHS = {"": 60.0, "Ti": 300.0, "S": 300.0, "B": 150.0}
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -46,7 +46,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.piad.groups.attn_lane = 1  # round group sizes up to what hardware likes
     config.piad.groups.mlp_lane = 1
     config.piad.share = 0.875  # of all MACs, saved in the end
-    config.piad.progressive_epochs = 50 if variant else 0  # 0: a third of the run
+    config.piad.progressive_epochs = 50.0 if variant else 0.0  # 0: a third of the run
+    config.piad.grow_epochs = 1.0  # between two measurements; less for short runs
     config.piad.masks = "levels"  # of the ablation: none | random_units |
     # weighted_units | branches
     config.piad.branch_rate = 0.2  # at which branches are skipped
@@ -66,7 +67,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.epochs = EPOCHS[size]
     config.lr = 1e-3  # 5e-4 * batch / 512
     config.min_lr = 1e-5
-    config.warmup_epochs = 0
+    config.warmup_epochs = 0.0
     config.weight_decay = 0.05
     config.label_smoothing = 0.1
     config.mixing = ConfigDict()  # all zero: off
@@ -79,13 +80,14 @@ def get_config(variant: str = "") -> ConfigDict:
     config.ema_decay = 0.99996 if variant else 0.99
     config.weights = "ema"  # what is saved as the network; or "raw"
     config.dtype = "bfloat16" if variant else "float32"
-    config.remat = False
+    config.remat = False  # True: less memory, a third more work
+    config.accumulate = 1  # microbatches of an update: less memory
     config.mesh = ConfigDict()  # of devices
     config.mesh.data = -1  # -1: all that the others leave
     config.mesh.fsdp = 1  # cuts parameters along the width, to save memory
     config.mesh.model = 1  # cuts heads and hidden units
     config.checkpoint_every = 1000  # steps
-    config.evaluate_epochs = 10
+    config.evaluate_epochs = 10.0
     config.log_every_s = 30.0
     config.seed = 0
     return config

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from flax_skd.io import checkpoint
 from flax_skd.io.checkpoint import SubNet, SuperNet
-from flax_skd.method import macs, piad, subnet, vit
+from flax_skd.method import compensation, macs, packing, piad, subnet, vit
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.run import sharding
 
@@ -90,6 +90,45 @@ def test_bfloat16_parameters_come_back_as_bfloat16(tmp_path, supernet, small):
     narrow = small._replace(params=half(small.params))
     checkpoint.save_subnet(tmp_path / "b", narrow)
     assert_same(checkpoint.load_subnet(tmp_path / "b").params, narrow.params)
+
+
+def repairs_of(spec, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+
+    def one(n):
+        data = rng.normal(size=(3 * n, n)).astype(np.float32)
+        return (data.mean(0), np.cov(data.T).astype(np.float32))
+
+    sizes = compensation.inner_units(spec)
+    found = compensation.from_moments(
+        [one(sizes["attn"]) for _ in range(spec.depth)],
+        [one(sizes["mlp"]) for _ in range(spec.depth)],
+        spec,
+    )
+    return packing.cast(found, dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_compensation_comes_back_as_it_was(tmp_path, spec, supernet, dtype):
+    repairs = repairs_of(spec, dtype)
+    checkpoint.save_supernet(tmp_path / "s", supernet._replace(compensation=repairs))
+    assert_same(checkpoint.load_supernet(tmp_path / "s").compensation, repairs)
+
+
+def test_means_alone_come_back_and_none_is_none(tmp_path, spec, supernet):
+    means = compensation.means_only(repairs_of(spec))
+    checkpoint.save_supernet(tmp_path / "s", supernet._replace(compensation=means))
+    assert_same(checkpoint.load_supernet(tmp_path / "s").compensation, means)
+    checkpoint.save_supernet(tmp_path / "n", supernet)
+    assert checkpoint.load_supernet(tmp_path / "n").compensation is None
+
+
+def test_a_compensation_of_another_network_is_refused(tmp_path, spec, supernet):
+    other = repairs_of(spec.replace(mlp_dim=spec.mlp_dim + 1))
+    broken = supernet._replace(compensation=other)
+    checkpoint.save_supernet(tmp_path / "s", broken)
+    with pytest.raises(ValueError, match="not a compensation of this network"):
+        checkpoint.load_supernet(tmp_path / "s")
 
 
 def test_sharded_parameters_are_saved_whole(tmp_path, supernet):

@@ -19,7 +19,9 @@ def levels(spec):
 
 @pytest.fixture(scope="module")
 def state(params, levels):
-    return train.TrainState(jnp.int32(0), params, None, None, None, levels)
+    return train.TrainState(
+        jnp.int32(0), params, None, None, None, objective.Elastic(levels)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +44,13 @@ def kl(logits, teacher):
 
 @pytest.mark.parametrize("sampling", ["per_step", "per_example"])
 def test_piad_trains_the_level_it_drew(spec, params, batch, state, cut, sampling):
-    masks_of = objective.sampled_levels(spec, sampling=sampling)
-    loss = objective.classification_loss(ViT(spec), masks_of=masks_of)
+    cut_of = objective.sampled_levels(spec, sampling=sampling)
+    loss = objective.classification_loss(ViT(spec), cut_of=cut_of)
     rng = jax.random.key(5)
     value, metrics = loss(params, batch, rng, state)
     level_rng, _ = jax.random.split(rng)
     shape = (12,) if sampling == "per_example" else ()
-    drawn = np.asarray(piad.sample_level(level_rng, state.extra, shape))
+    drawn = np.asarray(piad.sample_level(level_rng, state.extra.dropout_list, shape))
     drawn = np.broadcast_to(drawn, (12,))
     rows = jnp.stack([cut(int(s))[i] for i, s in enumerate(drawn)])
     want = losses.cross_entropy(rows, batch["label"])
@@ -56,7 +58,7 @@ def test_piad_trains_the_level_it_drew(spec, params, batch, state, cut, sampling
     np.testing.assert_allclose(metrics["level"], drawn.mean(), rtol=1e-6)
     assert float(metrics["levels"]) == 3
     shares = [
-        macs.macs(spec, state.extra.widths(int(s), spec)) / macs.macs(spec)
+        macs.macs(spec, state.extra.dropout_list.widths(int(s), spec)) / macs.macs(spec)
         for s in drawn
     ]
     np.testing.assert_allclose(metrics["macs_share"], np.mean(shares), rtol=1e-5)
@@ -87,7 +89,7 @@ def test_in_place_distillation_is_the_labels_and_the_full_network(
 ):
     rng = jax.random.key(7)
     value, metrics = distillation.with_full(ViT(spec))(params, batch, rng, state)
-    (level,) = distillation.one_random(rng, state.extra)
+    (level,) = distillation.one_random(rng, state.extra.dropout_list)
     part = kl(cut(int(level)), cut(0))
     want = float(losses.cross_entropy(cut(0), batch["label"])) + part
     np.testing.assert_allclose(value, want, rtol=1e-4)
@@ -104,7 +106,7 @@ def test_the_sandwich_trains_full_smallest_and_a_random_level(
         subnet_loss=distillation.follow_labels,
     )
     value, _ = loss(params, batch, rng, state)
-    smallest, random = distillation.smallest_and_random(rng, state.extra)
+    smallest, random = distillation.smallest_and_random(rng, state.extra.dropout_list)
     assert int(smallest) == 3
     each = [
         float(losses.cross_entropy(cut(int(s)), batch["label"]))

@@ -10,6 +10,7 @@ from flax_skd.method.growth import Groups
 from flax_skd.method.vit import ViT
 from flax_skd.run import elastic, objective, programs, train
 from flax_skd.run.config_files import load
+from flax_skd.run.objective import Elastic
 
 GROUPS = Groups(attn=4, mlp=8)
 
@@ -27,7 +28,7 @@ def levels(spec):
 
 @pytest.fixture(scope="module")
 def state(params, levels):
-    return train.TrainState(jnp.int32(0), params, None, None, None, levels)
+    return train.TrainState(jnp.int32(0), params, None, None, None, Elastic(levels))
 
 
 def kept(masks):
@@ -40,15 +41,15 @@ def kept(masks):
 
 
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
-def test_random_units_save_what_the_level_saves(spec, state, level):
-    masks_of = elastic.random_units(
+def test_random_units_save_what_the_level_saves(spec, params, state, level):
+    cut_of = elastic.random_units(
         spec, groups=GROUPS, draw=lambda rng, levels: jnp.int32(level)
     )
     cost, full = macs.costs(spec), macs.macs(spec)
-    target = full - macs.macs(spec, state.extra.widths(level, spec))
+    target = full - macs.macs(spec, state.extra.dropout_list.widths(level, spec))
     largest = max((cost.qk + cost.vo) * 3, cost.mlp * 5)
     for seed in range(5):
-        masks, metrics = jax.jit(lambda rng: masks_of(rng, 12, state))(
+        masks, metrics = jax.jit(lambda rng: cut_of(params, rng, 12, state)[1:])(
             jax.random.key(seed)
         )
         attn, mlp = kept(masks)
@@ -60,13 +61,13 @@ def test_random_units_save_what_the_level_saves(spec, state, level):
 
 
 def test_a_branch_without_units_is_skipped_and_every_unit_is_dropped_sometimes(
-    spec, state
+    spec, params, state
 ):
     deep = jax.tree.map(jnp.asarray, piad.uniform(spec, steps=4))
-    state = state._replace(extra=deep)
-    masks_of = elastic.random_units(spec, groups=Groups(attn=2, mlp=2))
+    state = state._replace(extra=Elastic(deep))
+    cut_of = elastic.random_units(spec, groups=Groups(attn=2, mlp=2))
     rngs = jax.random.split(jax.random.key(0), 300)
-    masks, _ = jax.jit(jax.vmap(lambda rng: masks_of(rng, 12, state)))(rngs)
+    masks, _ = jax.jit(jax.vmap(lambda rng: cut_of(params, rng, 12, state)[1:]))(rngs)
     for m in masks:
         for dims, gate in ((m.qk, m.attn_gate), (m.mlp, m.mlp_gate)):
             np.testing.assert_array_equal(gate, np.asarray(dims).any(-1))
@@ -95,13 +96,14 @@ def test_weighted_units_are_dropped_in_proportion_to_their_weight(spec, levels, 
     later = one._replace(mlp_dim=(5, 40, 35))
     rows = [full, one, later, later._replace(mlp_dim=(5, 5, 5))]
     dropout_list = jax.tree.map(jnp.asarray, piad.from_rows(rows, spec))
-    state = train.TrainState(jnp.int32(0), params, None, None, None, dropout_list)
+    extra = Elastic(dropout_list)
+    state = train.TrainState(jnp.int32(0), params, None, None, None, extra)
     assert (cost.qk + cost.vo) * 3 > cost.mlp * 5, "attention units do not fit"
-    masks_of = elastic.random_units(
+    cut_of = elastic.random_units(
         spec, groups=GROUPS, weights=elastic.unimportant_first, draw=one_mlp_unit
     )
     rngs = jax.random.split(jax.random.key(0), 4000)
-    masks = jax.jit(jax.vmap(lambda rng: masks_of(rng, 12, state)[0]))(rngs)
+    masks = jax.jit(jax.vmap(lambda rng: cut_of(params, rng, 12, state)[1]))(rngs)
     dropped = 1 - np.stack([np.asarray(m.mlp) for m in masks], 1)[..., ::5]
     assert set(dropped.sum((1, 2))) <= {0.0, 1.0}  # an attention unit first: nothing
     share = dropped.sum(0) / dropped.sum()
@@ -111,10 +113,10 @@ def test_weighted_units_are_dropped_in_proportion_to_their_weight(spec, levels, 
     np.testing.assert_allclose(share, weight / weight.sum(), atol=0.03)
 
 
-def test_branches_are_skipped_at_the_rate(spec, state):
-    masks_of = elastic.random_branches(spec, rate=0.3)
+def test_branches_are_skipped_at_the_rate(spec, params, state):
+    cut_of = elastic.random_branches(spec, rate=0.3)
     rngs = jax.random.split(jax.random.key(0), 2000)
-    masks, metrics = jax.vmap(lambda rng: masks_of(rng, 12, state))(rngs)
+    masks, metrics = jax.vmap(lambda rng: cut_of(params, rng, 12, state)[1:])(rngs)
     gates = np.stack([[m.attn_gate, m.mlp_gate] for m in masks])
     assert set(np.unique(gates)) == {0.0, 1.0}
     np.testing.assert_allclose(gates.mean(-1), 0.7, atol=0.05)
@@ -132,12 +134,12 @@ def test_a_rate_out_of_range_is_refused(spec, rate):
 
 @pytest.mark.parametrize("name", ["none", *elastic.MASKS])
 def test_every_variant_trains_by_the_one_loss(spec, params, batch, state, name):
-    masks_of = objective.whole
+    cut_of = objective.whole
     if name != "none":
-        masks_of = elastic.MASKS[name](
+        cut_of = elastic.MASKS[name](
             spec, groups=GROUPS, draw=piad.sample_level, rate=0.5
         )
-    loss = objective.classification_loss(ViT(spec), masks_of=masks_of)
+    loss = objective.classification_loss(ViT(spec), cut_of=cut_of)
     gradient = jax.grad(lambda p: loss(p, batch, jax.random.key(3), state)[0])
     grads = jax.jit(gradient)(params)
     norms = [float(jnp.abs(x).max()) for x in jax.tree.leaves(grads)]
@@ -157,4 +159,4 @@ def test_masks_that_do_not_go_together_are_refused(spec, change, message):
     options = load("configs/piad.py").piad
     options.update(change)
     with pytest.raises(ValueError, match=message):
-        programs._piad_masks(options, spec, growth.PAPER_GROUPS)
+        programs._piad_cut(options, spec, growth.PAPER_GROUPS)

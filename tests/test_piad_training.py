@@ -35,12 +35,12 @@ def grower(calls):
 
     def before_epoch(epoch, state):
         calls.append(epoch)
-        levels = state.extra
+        levels = state.extra.dropout_list
         widths = levels.widths(int(levels.levels), SPEC)
         measured = importance.measure(ViT(SPEC), state.params, [calibration], widths)
         target = growth.schedule(epoch, 3, model_macs=macs.macs(SPEC), share=0.7)
-        return growth.grow(
-            levels, SPEC, measured, target_macs_saved=target, groups=GROUPS
+        return objective.Elastic(
+            growth.grow(levels, SPEC, measured, target_macs_saved=target, groups=GROUPS)
         )
 
     return before_epoch
@@ -48,7 +48,7 @@ def grower(calls):
 
 def run(data=None, *, calls=None, traces=None, **options):
     ordinary = objective.classification_loss(
-        ViT(SPEC), masks_of=objective.sampled_levels(SPEC)
+        ViT(SPEC), cut_of=objective.sampled_levels(SPEC)
     )
 
     def loss(*args):
@@ -58,9 +58,8 @@ def run(data=None, *, calls=None, traces=None, **options):
 
     optimizer = train.make_optimizer(3e-3, clip_norm=1.0)
     params = shake(vit.init(SPEC, jax.random.key(0)))
-    state = train.initial_state(
-        params, optimizer, jax.random.key(1), extra=growth.start(SPEC, GROUPS)
-    )
+    extra = objective.Elastic(growth.start(SPEC, GROUPS))
+    state = train.initial_state(params, optimizer, jax.random.key(1), extra=extra)
     return train.fit(
         state,
         data or batches(),
@@ -84,7 +83,7 @@ def test_the_list_grows_every_epoch_and_the_step_is_traced_once(uninterrupted):
     state = run(calls=calls, traces=traces)
     assert calls == [0, 1, 2, 3] and len(traces) == 1
     assert_same(state, uninterrupted)
-    levels = jax.device_get(state.extra)
+    levels = jax.device_get(state.extra.dropout_list)
     rows = [levels.widths(s, SPEC) for s in range(int(levels.levels) + 1)]
     counts = [macs.macs(SPEC, row) for row in rows]
     assert rows[0] == SubnetSpec.full(SPEC) and (np.diff(counts) < 0).all()
@@ -115,11 +114,10 @@ def test_what_is_cut_is_not_trained_at_that_level():
     )
     params = shake(vit.init(SPEC, jax.random.key(0)))
     loss = objective.classification_loss(
-        ViT(SPEC), masks_of=objective.sampled_levels(SPEC)
+        ViT(SPEC), cut_of=objective.sampled_levels(SPEC)
     )
-    state = train.TrainState(
-        0, params, None, None, None, jax.tree.map(jnp.asarray, levels)
-    )
+    extra = objective.Elastic(jax.tree.map(jnp.asarray, levels))
+    state = train.TrainState(0, params, None, None, None, extra)
     batch = {k: jnp.asarray(v) for k, v in next(batches()).items()}
     grads, metrics = jax.grad(loss, has_aux=True)(
         params, batch, jax.random.key(0), state

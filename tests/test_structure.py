@@ -25,15 +25,22 @@ FLOORS = {
     **dict.fromkeys(
         [
             *("method.attention", "method.layers", "method.vit", "method.macs"),
-            *("method.subnet", "method.losses", "method.costs"),
+            *("method.subnet", "method.losses", "method.costs", "method.moments"),
         ],
         1,
     ),
-    **dict.fromkeys(["method.statistics", "method.compensation"], 2),
+    **dict.fromkeys(
+        [
+            *("method.statistics", "method.second_moments"),
+            *("method.compensation", "method.unit_order"),
+        ],
+        2,
+    ),
     **dict.fromkeys(
         [
             *("method.contraction", "method.importance", "method.piad"),
-            *("method.growth", "method.allocation"),
+            *("method.growth", "method.allocation", "method.packing"),
+            "method.balance",
         ],
         3,
     ),
@@ -41,6 +48,7 @@ FLOORS = {
     **dict.fromkeys(
         [
             *("run.sharding", "run.train", "run.objective", "run.optimizer"),
+            *("run.gradients", "run.lists", "run.distributed"),
             *("run.interrupt", "run.elastic", "run.distillation", "run.mixing"),
             *("run.progress", "run.evaluate", "run.report"),
         ],
@@ -55,8 +63,8 @@ FLOORS = {
     ),
 }
 # Inside method/, the only imports along a floor: `vit` is built of `attention` and
-# `layers`, three modules read its types, and `growth` makes lists of `piad` from
-# `importance`. Inside io/ and run/ a floor is one layer, whose modules may use each
+# `layers`, three modules read its types, `growth` makes lists of `piad` from `importance`, and so
+# does `allocation` from losses; a module too long for one file reads its other half. Inside io/ and run/ a floor is one layer, whose modules may use each
 # other without a circle.
 ALONG_A_FLOOR = {
     ("method.vit", "method.attention"),
@@ -66,6 +74,10 @@ ALONG_A_FLOOR = {
     ("method.losses", "method.vit"),
     ("method.growth", "method.piad"),
     ("method.growth", "method.importance"),
+    ("method.allocation", "method.growth"),
+    ("method.allocation", "method.piad"),
+    ("method.statistics", "method.second_moments"),
+    ("method.contraction", "method.balance"),
 }
 LIGHT = {"jax", "flax", "optax", "numpy", "flax_skd", *sys.stdlib_module_names}
 

@@ -15,13 +15,14 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from flax_skd.io import run_state
 from flax_skd.method import losses, subnet, vit
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
-from flax_skd.run import objective, sharding, train
+from flax_skd.run import gradients, objective, sharding, train
 
 SPEC = ViTSpec(
     image_size=8,
@@ -70,12 +71,10 @@ def linear_params(classes=3):
 def run(data=None, *, steps=8, params=None, **options):
     options = {"mesh": ONE(), "config": CONFIG, "ema_decay": 0.9} | options
     options = {"loss": linear_loss} | options
-    optimizer = train.make_optimizer(3e-3, clip_norm=1.0)
+    options = {"optimizer": train.make_optimizer(3e-3, clip_norm=1.0)} | options
     params = params or linear_params()
-    state = train.initial_state(params, optimizer, jax.random.key(1))
-    return train.fit(
-        state, data or batches(), optimizer=optimizer, steps=steps, **options
-    )
+    state = train.initial_state(params, options["optimizer"], jax.random.key(1))
+    return train.fit(state, data or batches(), steps=steps, **options)
 
 
 def assert_same(a, b):
@@ -193,6 +192,70 @@ def test_a_run_resumes_on_another_mesh(tmp_path, uninterrupted):
     ):
         # Four devices add in another order, and AdamW divides by small numbers.
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def keyless_loss(params, batch, rng, state):
+    """As `linear_loss`, without a draw."""
+    return linear_loss(params, batch, jax.random.key(0), state)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_microbatches_do_what_the_whole_batch_does(devices):
+    mesh = sharding.mesh({"data": devices}, devices=jax.devices()[:devices])
+    options = {"loss": keyless_loss, "mesh": mesh, "optimizer": optax.sgd(0.1)}
+    whole, parts = (run(steps=3, accumulate=n, **options) for n in (1, 2))
+    for tree in ("params", "ema"):
+        leaves = (jax.tree.leaves(getattr(s, tree)) for s in (parts, whole))
+        for got, want in zip(*leaves, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_is_the_mean_over_microbatches_with_keys_of_their_own():
+    batch = {k: jnp.asarray(v) for k, v in next(batches()).items()}
+    state = train.TrainState(0, linear_params(), None, None, None)
+    rng = jax.random.key(7)
+    metrics, grads = gradients.of_batch(linear_loss, state, batch, rng, accumulate=2)
+    want = []
+    for index in (0, 1):
+        part = {k: v[index::2] for k, v in batch.items()}
+        key = jax.random.fold_in(rng, index)
+        found = jax.value_and_grad(linear_loss, has_aux=True)(
+            state.params, part, key, state
+        )
+        want.append(({"loss": found[0][0], **found[0][1]}, found[1]))
+    want = jax.tree.map(lambda a, b: (a + b) / 2, *want)
+    for a, b in zip(jax.tree.leaves((metrics, grads)), jax.tree.leaves(want)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_a_run_with_microbatches_is_traced_once_and_resumes_to_the_bit(tmp_path):
+    traces = []
+
+    def loss(*args):
+        traces.append(1)
+        return linear_loss(*args)
+
+    whole = run(accumulate=2, loss=loss)
+    assert len(traces) == 2  # the shapes of the sums, and the step
+    run(steps=3, workdir=tmp_path, accumulate=2)
+    assert_same(run(workdir=tmp_path, accumulate=2, resume=True), whole)
+
+
+def test_a_batch_that_does_not_make_microbatches_is_refused():
+    with pytest.raises(
+        ValueError, match="over 1 devices in 3 microbatches: take 3 or 6"
+    ):
+        run(accumulate=3)
+    two = sharding.mesh({"data": 2}, devices=jax.devices()[:2])
+    with pytest.raises(ValueError, match="over 2 devices in 4 microbatches: take 8"):
+        run(accumulate=4, mesh=two)
+    with pytest.raises(ValueError, match="accumulate = 0 must be at least 1"):
+        run(accumulate=0)
+    state = train.TrainState(0, linear_params(), None, None, None)
+    with pytest.raises(ValueError, match="accumulate = 3 microbatches: take 3"):
+        gradients.of_batch(
+            linear_loss, state, next(batches()), jax.random.key(0), accumulate=3
+        )
 
 
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path, uninterrupted):
@@ -447,11 +510,11 @@ def test_the_loss_trains_a_masked_sub_network():
     widths = SubnetSpec((8, 0), (8, 0), (24, 0))
     calls = []
 
-    def masks_of(rng, size, state):
+    def cut_of(params, rng, size, state):
         calls.append(size)
-        return subnet.masks(SPEC, widths), {}
+        return params, subnet.masks(SPEC, widths), {}
 
-    loss = objective.classification_loss(ViT(SPEC), masks_of=masks_of)
+    loss = objective.classification_loss(ViT(SPEC), cut_of=cut_of)
     batch = next(batches())
     batch = {k: jnp.asarray(v) for k, v in batch.items()}
     params = vit.init(SPEC, jax.random.key(0))

@@ -9,14 +9,15 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
+from flax_skd.io import checked
 from flax_skd.io import directory as folder
 from flax_skd.io.extras import require
-from flax_skd.method import macs, piad, vit
+from flax_skd.method import packing
+from flax_skd.method.compensation import Compensation
 from flax_skd.method.piad import DropoutList
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import Params
@@ -34,12 +35,14 @@ class SuperNet(NamedTuple):
       dropout_list: its levels.
       provenance: what it was made from, as JSON holds it: the source file's sha256,
         config, criterion.
+      compensation: what repairs a cut, or None.
     """
 
     params: Params
     spec: ViTSpec
     dropout_list: DropoutList
     provenance: dict[str, Any]
+    compensation: Compensation | None = None
 
 
 class SubNet(NamedTuple):
@@ -78,9 +81,12 @@ def save_supernet(
         name: np.asarray(_to_host(table), np.int32)
         for name, table in supernet.dropout_list._asdict().items()
     }
+    if supernet.compensation is not None:
+        repairs = jax.tree.map(_to_host, supernet.compensation)
+        tree["compensation"] = unflatten_dict(packing.pack(repairs), sep="/")
     flat = flatten_dict(tree["params"], sep=".")
-    _check_params(flat, spec, SubnetSpec.full(spec), "this super-network")
-    _checked_levels(tree["dropout_list"], spec, "this super-network")
+    checked.params(flat, spec, SubnetSpec.full(spec), "this super-network")
+    checked.levels(tree["dropout_list"], spec, "this super-network")
     facts = {
         "levels": int(tree["dropout_list"]["levels"]),
         "spec": spec.to_dict(),
@@ -119,17 +125,21 @@ def load_supernet(directory: str | os.PathLike) -> SuperNet:
     spec = folder.parse(facts, ViTSpec.from_dict, fields["spec"])
     arrays = path / SUPERNET_FILES[1]
     tree = _read_arrays(arrays)
-    if set(tree) != {"params", "dropout_list"}:
+    if set(tree) - {"compensation"} != {"params", "dropout_list"}:
         raise ValueError(f"{arrays} holds {sorted(tree)}, not params and dropout_list.")
-    levels = _checked_levels(tree["dropout_list"], spec, str(arrays))
+    levels = checked.levels(tree["dropout_list"], spec, str(arrays))
     if fields["levels"] != int(levels.levels):
         raise ValueError(
             f"{facts} says {fields['levels']!r} levels, {arrays} holds "
             f"{int(levels.levels)}: one of them was edited."
         )
     flat = flatten_dict(tree["params"], sep=".")
-    _check_params(flat, spec, SubnetSpec.full(spec), str(arrays))
-    return SuperNet(tree["params"], spec, levels, fields["provenance"])
+    checked.params(flat, spec, SubnetSpec.full(spec), str(arrays))
+    repairs = None
+    if "compensation" in tree:
+        packed = flatten_dict(tree["compensation"], sep="/")
+        repairs = folder.parse(arrays, lambda x: packing.unpack(x, spec), packed)
+    return SuperNet(tree["params"], spec, levels, fields["provenance"], repairs)
 
 
 def save_subnet(
@@ -151,11 +161,11 @@ def save_subnet(
     spec, widths = network.spec, network.widths.check(network.spec)
     params = jax.tree.map(_to_host, network.params)
     params = flatten_dict(params, sep=".")
-    _check_params(params, spec, widths, "this sub-network")
+    checked.params(params, spec, widths, "this sub-network")
     facts = {
         "spec": spec.to_dict(),
         "widths": widths._asdict(),
-        "macs": _macs(spec, widths),
+        "macs": checked.macs_of(spec, widths),
         "provenance": network.provenance,
     }
 
@@ -188,11 +198,14 @@ def load_subnet(directory: str | os.PathLike) -> SubNet:
         facts, "sub-network", {"spec", "widths", "macs", "provenance"}
     )
     spec = folder.parse(facts, ViTSpec.from_dict, fields["spec"])
-    widths = folder.parse(facts, lambda w: _widths(w).check(spec), fields["widths"])
-    if fields["macs"] != _macs(spec, widths):
+    widths = folder.parse(
+        facts, lambda w: checked.widths(w).check(spec), fields["widths"]
+    )
+    counts = checked.macs_of(spec, widths)
+    if fields["macs"] != counts:
         raise ValueError(
-            f"{facts} says macs {fields['macs']}, but its spec and widths give "
-            f"{_macs(spec, widths)}: the file was edited. Save the sub-network again."
+            f"{facts} says macs {fields['macs']}, but its spec and widths give {counts}: "
+            "the file was edited. Save the sub-network again."
         )
     reader = require("safetensors.numpy")
     try:
@@ -202,7 +215,7 @@ def load_subnet(directory: str | os.PathLike) -> SubNet:
             f"{arrays} cannot be read ({error}): it is cut short or damaged. Copy it "
             "again, or save the sub-network again."
         ) from error
-    _check_params(flat, spec, widths, str(arrays))
+    checked.params(flat, spec, widths, str(arrays))
     return SubNet(unflatten_dict(flat, sep="."), spec, widths, fields["provenance"])
 
 
@@ -226,72 +239,3 @@ def _read_arrays(path: pathlib.Path) -> dict[str, Any]:
             f"{path} cannot be read ({error}): it is incomplete or damaged. Copy it "
             "again, or save the super-network again."
         ) from error
-
-
-def _macs(spec: ViTSpec, widths: SubnetSpec) -> dict[str, int]:
-    return {name: macs.macs(spec, widths, name) for name in macs.CONVENTIONS}
-
-
-def _widths(fields: Any) -> SubnetSpec:
-    names = list(SubnetSpec._fields)
-    if not isinstance(fields, dict) or sorted(fields) != sorted(names):
-        raise ValueError(f"widths must be {names}, not {fields!r:.200}.")
-    for name in names:
-        whole = isinstance(fields[name], list)
-        if not whole or any(type(w) is not int for w in fields[name]):
-            raise ValueError(
-                f"{name} = {fields[name]!r:.200}: a list of whole numbers."
-            )
-    return SubnetSpec(*(tuple(fields[name]) for name in names))
-
-
-def _checked_levels(tables: dict[str, Any], spec: ViTSpec, where: str) -> DropoutList:
-    """The tables as a `DropoutList`; the first fault found is an error."""
-    names = list(DropoutList._fields)
-    if sorted(tables) != sorted(names):
-        raise ValueError(
-            f"{where}: the dropout list has {sorted(tables)}, not {sorted(names)}."
-        )
-    found = DropoutList(**tables)
-    shapes = {np.shape(t) for t in found[:3]}
-    rows = max(s[0] if s else 0 for s in shapes)
-    last = int(found.levels) if np.shape(found.levels) == () else -1
-    if shapes != {(rows, spec.depth)} or not 0 <= last < rows:
-        raise ValueError(
-            f"{where}: the dropout list has tables of shapes {sorted(shapes)} and "
-            f"levels = {found.levels}; for {spec.depth} blocks it needs three of "
-            f"[rows, {spec.depth}] and levels from 0 to rows - 1."
-        )
-    try:
-        widths = [found.widths(level, spec) for level in range(last + 1)]
-        return piad.from_rows(widths, spec, max_levels=rows - 1)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _check_params(
-    found: dict[str, Any], spec: ViTSpec, widths: SubnetSpec, where: str
-) -> None:
-    """All that is missing, surplus, misshapen or not finite, in one error."""
-    try:
-        tree = jax.eval_shape(lambda: vit.init(spec, jax.random.key(0), widths=widths))
-    except (OverflowError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: no network has this spec ({error}).") from error
-    wanted = {k: v.shape for k, v in flatten_dict(tree, sep=".").items()}
-    wrong = [f"missing {k} {list(s)}" for k, s in wanted.items() if k not in found]
-    wrong += [f"surplus {k}" for k in found if k not in wanted]
-    for key, shape in wanted.items():
-        x = found.get(key)
-        if x is None:
-            continue
-        if x.shape != shape:
-            wrong.append(f"{key} has shape {list(x.shape)}, not {list(shape)}")
-        elif not jnp.issubdtype(x.dtype, jnp.floating):
-            wrong.append(f"{key} has dtype {x.dtype}, not a floating one")
-        elif not np.isfinite(x).all():
-            wrong.append(f"{key} holds nan or inf")
-    if wrong:
-        raise ValueError(
-            f"{where} does not match its spec ({len(wrong)} faults):\n  "
-            + "\n  ".join(wrong)
-        )

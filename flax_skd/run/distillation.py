@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flax_skd.method import losses, piad, subnet
+from flax_skd.method import losses, piad
 from flax_skd.method.piad import DropoutList
 from flax_skd.method.vit import Params, ViT
-from flax_skd.run.objective import Array, Loss, MasksOf, whole
+from flax_skd.run import objective
+from flax_skd.run.objective import Array, CutOf, Loss, whole
 
 # (logits of a sub-network, logits of the full one, labels) -> []
 SubnetLoss = Callable[[Array, Array, Array], Array]
@@ -72,25 +73,27 @@ def with_full(
       label_smoothing: of the full network's labels.
 
     Returns:
-      A `Loss`; the dropout list is `state.extra`.
+      A `Loss`; the dropout list is in `state.extra`.
     """
 
     def loss(params: Params, batch: dict[str, Array], rng: Array, state: Any):
+        spec, dropout_list = model.spec, state.extra.dropout_list
+
         def logits_at(level):
-            masks = subnet.masks(model.spec, state.extra.row(level))
-            return model.apply({"params": params}, batch["image"], masks)
+            widths = dropout_list.row(level)
+            small, masks = objective.cut(params, spec, widths, state.extra)
+            return model.apply({"params": small}, batch["image"], masks)
 
         full = model.apply({"params": params}, batch["image"])
         value = losses.cross_entropy(
             full, batch["label"], label_smoothing=label_smoothing
         )
-        levels = levels_of(rng, state.extra)
+        levels = levels_of(rng, dropout_list)
         parts = [subnet_loss(logits_at(s), full, batch["label"]) for s in levels]
         metrics = {
             "accuracy": losses.accuracy(full, batch["label"]),
             "subnet_loss": sum(parts) / len(parts),
-            "level": sum(s.astype(jnp.float32) for s in levels) / len(levels),
-            "levels": state.extra.levels.astype(jnp.float32),
+            **objective.level_metrics(spec, dropout_list, jnp.stack(levels)),
         }
         return value + metrics["subnet_loss"], metrics
 
@@ -101,7 +104,7 @@ def with_teacher(
     model: ViT,
     teacher: Callable[[Array], Array],
     *,
-    masks_of: MasksOf = whole,
+    cut_of: CutOf = whole,
     weight: float = 1.0,
     temperature: float = 1.0,
     label_smoothing: float = 0.0,
@@ -111,14 +114,15 @@ def with_teacher(
     Args:
       model: the student.
       teacher: function of the images -> logits [B, K]; see `frozen`.
-      masks_of: which sub-network learns in a step.
+      cut_of: which sub-network learns in a step.
       weight: of the divergence.
       temperature: see `divergence`.
       label_smoothing: of the labels.
     """
 
     def loss(params: Params, batch: dict[str, Array], rng: Array, state: Any):
-        masks, metrics = masks_of(rng, batch["label"].shape[0], state)
+        size = batch["label"].shape[0]
+        params, masks, metrics = cut_of(params, rng, size, state)
         logits = model.apply({"params": params}, batch["image"], masks)
         value = losses.cross_entropy(
             logits, batch["label"], label_smoothing=label_smoothing

@@ -1,6 +1,6 @@
 """What else a step may drop than a level: the variants of the paper's ablation.
 
-Each is a `MasksOf`, so that it trains by the one step and the one loop; the dropout list
+Each is a `CutOf`, so that it trains by the one step and the one loop; the dropout list
 in `state.extra` says how much a step drops, and is what all of them are cut by in the
 end. Nothing is scaled up for what is dropped: a sub-network has no such scale either.
 """
@@ -17,7 +17,7 @@ from flax_skd.method.growth import PAPER_GROUPS, Groups
 from flax_skd.method.piad import DropoutList
 from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import BlockMasks
-from flax_skd.run.objective import Array, Masks, MasksOf, Metrics
+from flax_skd.run.objective import Array, CutOf, Masks, Metrics
 
 # Branch -> one number a unit, [L, groups].
 OfUnits = dict[str, Array]
@@ -56,7 +56,7 @@ def random_units(
     groups: Groups = PAPER_GROUPS,
     weights: Callable[[DropoutList, ViTSpec, Groups], OfUnits] = alike,
     draw: Callable[..., Array] = piad.sample_level,
-) -> MasksOf:
+) -> CutOf:
     """Channel dropout: as many MACs as a random level saves, in units drawn at random.
 
     A unit is a group of head dims, of all heads together, or of hidden units, wherever
@@ -72,24 +72,25 @@ def random_units(
     sizes = {name: np.diff(ends) for name, ends in groups.ends(spec).items()}
     prices = _prices(spec, sizes)
 
-    def masks_of(rng, batch_size, state):
+    def cut_of(params, rng, batch_size, state):
         del batch_size
         level_rng, unit_rng = jax.random.split(rng)
-        row = state.extra.row(draw(level_rng, state.extra))
+        dropout_list = state.extra.dropout_list
+        row = dropout_list.row(draw(level_rng, dropout_list))
         target = 1 - piad.macs_share(spec, row)
-        flat, unflatten = ravel_pytree(weights(state.extra, spec, groups))
+        flat, unflatten = ravel_pytree(weights(dropout_list, spec, groups))
         # Gumbel noise on log weights, sorted, is a draw without replacement.
         order = jnp.argsort(-flat - jax.random.gumbel(unit_rng, flat.shape))
         # Sums of the same prices in another order differ by rounding.
         gone = jnp.cumsum(prices[order]) <= target + 1e-5
         kept = jnp.ones(flat.shape).at[order].set(1 - gone.astype(jnp.float32))
         share = 1 - ((1 - kept) * prices).sum()
-        return _masks(unflatten(kept), sizes), _metrics(state.extra, share)
+        return params, _masks(unflatten(kept), sizes), _metrics(dropout_list, share)
 
-    return masks_of
+    return cut_of
 
 
-def random_branches(spec: ViTSpec, *, rate: float = 0.2) -> MasksOf:
+def random_branches(spec: ViTSpec, *, rate: float = 0.2) -> CutOf:
     """LayerDrop (Fan, Grave and Joulin, ICLR 2020): whole branches skipped at a rate.
 
     Args:
@@ -104,15 +105,15 @@ def random_branches(spec: ViTSpec, *, rate: float = 0.2) -> MasksOf:
     whole = {"attn": np.array([spec.head_dim]), "mlp": np.array([spec.mlp_dim])}
     prices = _prices(spec, whole)
 
-    def masks_of(rng, batch_size, state):
+    def cut_of(params, rng, batch_size, state):
         del batch_size
         on = jax.random.bernoulli(rng, 1 - rate, prices.shape).astype(jnp.float32)
         share = 1 - ((1 - on) * prices).sum()
         gates = on.reshape(2, spec.depth)
         masks = tuple(BlockMasks(None, None, None, *pair) for pair in gates.T)
-        return masks, _metrics(state.extra, share)
+        return params, masks, _metrics(state.extra.dropout_list, share)
 
-    return masks_of
+    return cut_of
 
 
 def _prices(spec: ViTSpec, sizes: dict[str, np.ndarray]) -> Array:
@@ -139,7 +140,7 @@ def _masks(kept: OfUnits, sizes: dict[str, np.ndarray]) -> Masks:
 
 
 # What a step of PIAD drops instead of a level, by its name in a config.
-MASKS: dict[str, Callable[..., MasksOf]] = {
+MASKS: dict[str, Callable[..., CutOf]] = {
     "random_units": lambda spec, *, groups, draw, rate: random_units(
         spec, groups=groups, draw=draw
     ),

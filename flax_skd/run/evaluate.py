@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flax_skd.method import macs, subnet
+from flax_skd.method import compensation, macs, subnet
+from flax_skd.method.compensation import Compensation
 from flax_skd.method.piad import DropoutList
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import Array, Params, ViT
@@ -87,10 +88,14 @@ def score_sums(
     batch: dict[str, Array],
     full: Array,
     widths: SubnetSpec | None,
+    repairs: Compensation | None = None,
 ) -> Score:
     """Sums over one batch of what `Score` averages; traced widths, one compile."""
-    masks = None if widths is None else subnet.masks(model.spec, widths)
-    logits = model.apply({"params": params}, batch["image"], masks)
+    logits = full
+    if widths is not None:
+        params = compensation.repaired(params, model.spec, repairs, widths)
+        masks = subnet.masks(model.spec, widths)
+        logits = model.apply({"params": params}, batch["image"], masks)
     live, labels = batch["weight"], batch["label"]
     _, top = jax.lax.top_k(logits, min(5, logits.shape[-1]))
     right = top == labels[:, None]
@@ -124,6 +129,7 @@ def evaluate(
     batches: Iterable[dict[str, Any]],
     widths: list[SubnetSpec | None],
     *,
+    repairs: Compensation | None = None,
     progress: Callable[[int], Any] = lambda images: None,
 ) -> list[Score]:
     """Scores of many sub-networks of one network, each image read once.
@@ -133,6 +139,7 @@ def evaluate(
       params: its parameters.
       batches: dicts of `image`, `label`, `weight` (0 for padding), of one shape.
       widths: the sub-networks; None for the model as it is, extracted perhaps.
+      repairs: the compensation of the network, if it has one.
       progress: called with the number of forwards of an image just done.
 
     Returns:
@@ -152,7 +159,9 @@ def evaluate(
             # Waited for: progress is what is done, and no two programs that meet over
             # devices are in flight at once (virtual CPU devices may then deadlock).
             sums.append(
-                jax.block_until_ready(_jitted_sums(model, params, batch, full, w))
+                jax.block_until_ready(
+                    _jitted_sums(model, params, batch, full, w, repairs)
+                )
             )
             progress(len(batch["label"]))
         totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
@@ -193,6 +202,7 @@ def sweep(
     batches: Iterable[dict[str, Any]],
     cuts: list[Cut],
     *,
+    repairs: dict[str, Compensation] | None = None,
     progress: Callable[[int], Any] = lambda images: None,
     after_each: Callable[[str, list[dict[str, Any]]], None] = lambda name, rows: None,
 ) -> list[dict[str, Any]]:
@@ -203,6 +213,7 @@ def sweep(
       model: the full network.
       batches: an iterable that can be read once a criterion.
       cuts: what to evaluate.
+      repairs: compensation by criterion, of those that have one.
       progress: as in `evaluate`.
       after_each: called with a criterion and its rows when they are done, so that
         finished work can be kept.
@@ -213,7 +224,12 @@ def sweep(
     rows = []
     for name, params in networks.items():
         scores = evaluate(
-            model, params, batches, [c.widths for c in cuts], progress=progress
+            model,
+            params,
+            batches,
+            [c.widths for c in cuts],
+            repairs=(repairs or {}).get(name),
+            progress=progress,
         )
         fresh = [row(name, model.spec, c, s) for c, s in zip(cuts, scores)]
         after_each(name, fresh)

@@ -1,13 +1,15 @@
-"""What a train step minimises, and the masks under which it does."""
+"""What a train step minimises, and the sub-network for which it does."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from flax_skd.method import losses, piad, subnet
-from flax_skd.method.spec import ViTSpec
+from flax_skd.method import compensation, losses, piad, subnet
+from flax_skd.method.compensation import Compensation
+from flax_skd.method.piad import DropoutList
+from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import BlockMasks, Params, ViT
 
 Array = jax.Array
@@ -16,8 +18,26 @@ Metrics = dict[str, Array]
 Masks = tuple[BlockMasks, ...]
 # (params, batch, rng, train state before the step) -> (loss [], metrics)
 Loss = Callable[[Params, Batch, Array, Any], tuple[Array, Metrics]]
-# (rng, batch size, train state) -> (masks, metrics)
-MasksOf = Callable[[Array, int, Any], tuple[Masks | None, Metrics]]
+# (params, rng, batch size, train state) -> (params, masks, metrics)
+CutOf = Callable[[Params, Array, int, Any], tuple[Params, Masks | None, Metrics]]
+
+
+class Elastic(NamedTuple):
+    """`extra` of a train state whose network has many sizes.
+
+    Attributes:
+      dropout_list: the levels.
+      compensation: what repairs a cut, constant; None for plain slices.
+    """
+
+    dropout_list: DropoutList
+    compensation: Compensation | None = None
+
+
+def cut(params: Params, spec: ViTSpec, widths: SubnetSpec, extra: Elastic):
+    """(params, masks) under which the full model is the sub-network of `widths`."""
+    params = compensation.repaired(params, spec, extra.compensation, widths)
+    return params, subnet.masks(spec, widths)
 
 
 def drop_path_masks(
@@ -50,10 +70,10 @@ def drop_path_masks(
     )
 
 
-def whole(rng: Array, batch_size: int, state: Any) -> tuple[None, Metrics]:
-    """`MasksOf` of ordinary training: the model as it is."""
+def whole(params: Params, rng: Array, batch_size: int, state: Any):
+    """`CutOf` of ordinary training: the model as it is."""
     del rng, batch_size, state
-    return None, {}
+    return params, None, {}
 
 
 def sampled_levels(
@@ -61,13 +81,13 @@ def sampled_levels(
     *,
     sampling: str = "per_step",
     draw: Callable[..., Array] = piad.sample_level,
-) -> MasksOf:
-    """`MasksOf` of PIAD: a random level of the dropout list in `state.extra`.
+) -> CutOf:
+    """`CutOf` of PIAD: a random level of the dropout list in `state.extra`.
 
     Args:
       spec: the full network.
       sampling: `per_step`, one level for the batch, or `per_example`, one each, which
-        lowers the variance of the gradient.
+        lowers the variance of the gradient and leaves no room for a compensation.
       draw: function (rng, dropout list, shape) -> levels, uniform unless told
         otherwise.
 
@@ -77,18 +97,23 @@ def sampled_levels(
     if sampling not in ("per_step", "per_example"):
         raise ValueError(f"sampling {sampling!r}: choose per_step or per_example.")
 
-    def masks_of(rng, batch_size, state):
+    def cut_of(params, rng, batch_size, state):
         shape = (batch_size,) if sampling == "per_example" else ()
-        levels = draw(rng, state.extra, shape)
-        widths = state.extra.row(levels)
-        metrics = {
-            "level": levels.astype(jnp.float32).mean(),
-            "levels": state.extra.levels.astype(jnp.float32),
-            "macs_share": piad.macs_share(spec, widths).mean(),
-        }
-        return subnet.masks(spec, widths), metrics
+        dropout_list = state.extra.dropout_list
+        levels = draw(rng, dropout_list, shape)
+        params, masks = cut(params, spec, dropout_list.row(levels), state.extra)
+        return params, masks, level_metrics(spec, dropout_list, levels)
 
-    return masks_of
+    return cut_of
+
+
+def level_metrics(spec: ViTSpec, dropout_list: DropoutList, levels: Array) -> Metrics:
+    """For the log: mean level and share of MACs, and how long the list is."""
+    return {
+        "level": levels.astype(jnp.float32).mean(),
+        "levels": dropout_list.levels.astype(jnp.float32),
+        "macs_share": piad.macs_share(spec, dropout_list.row(levels)).mean(),
+    }
 
 
 def classification_loss(
@@ -96,7 +121,7 @@ def classification_loss(
     *,
     label_smoothing: float = 0.0,
     drop_path: float = 0.0,
-    masks_of: MasksOf = whole,
+    cut_of: CutOf = whole,
 ) -> Loss:
     """Cross-entropy of a ViT, as `fit` wants it.
 
@@ -104,7 +129,7 @@ def classification_loss(
       model: full, or of a sub-network's widths.
       label_smoothing: share of the target spread over all classes.
       drop_path: chance to skip a branch of the last block; see `drop_path_masks`.
-      masks_of: what is trained in this step, such as `sampled_levels`.
+      cut_of: what is trained in this step, such as `sampled_levels`.
 
     Returns:
       Function (params, batch, rng, state) -> (loss [], {"accuracy": [], ...}) of
@@ -120,7 +145,7 @@ def classification_loss(
     def loss(params, batch, rng, state):
         level_rng, drop_rng = jax.random.split(rng)
         size = batch["label"].shape[0]
-        masks, metrics = masks_of(level_rng, size, state)
+        params, masks, metrics = cut_of(params, level_rng, size, state)
         if drop_path:
             depth = model.spec.depth
             masks = drop_path_masks(drop_rng, masks, size, depth=depth, rate=drop_path)

@@ -22,7 +22,7 @@ from flax_skd.run import (
     objective,
     sharding,
 )
-from flax_skd.run.objective import Loss, MasksOf
+from flax_skd.run.objective import CutOf, Elastic, Loss
 
 
 class Program(NamedTuple):
@@ -33,7 +33,8 @@ class Program(NamedTuple):
       params: where it starts.
       loss: what a step minimises.
       extra: what the loss reads besides, such as a dropout list.
-      before_epoch: function (epoch, state) -> the next `extra`, or None.
+      before_epoch: function (index, state) -> the next `extra`, or None.
+      every_epochs: epochs from one call of `before_epoch` to the next.
       sizes: function of `extra` -> {name: widths} to evaluate; None as widths is the
         model as it is.
       save: function (directory, params, extra, facts), replacing what is there.
@@ -46,6 +47,7 @@ class Program(NamedTuple):
     before_epoch: Callable[[int, Any], Any] | None
     sizes: Callable[[Any], dict[str, SubnetSpec | None]]
     save: Callable[[pathlib.Path, Params, Any, dict[str, Any]], None]
+    every_epochs: float = 1.0
 
 
 def _as_it_is(extra: Any) -> dict[str, None]:
@@ -152,14 +154,17 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
         options.groups.mlp_lane,
     )
 
-    def sizes(levels):
+    def sizes(extra):
+        levels = extra.dropout_list
         last = levels.widths(int(levels.levels), spec)
         return {"full": SubnetSpec.full(spec), "smallest": last}
 
-    def save(directory, params, levels, facts):
+    def save(directory, params, extra, facts):
+        levels = extra.dropout_list
         rows = [levels.widths(s, spec) for s in range(int(levels.levels) + 1)]
-        network = SuperNet(params, spec, piad.from_rows(rows, spec), {})
-        network = network._replace(provenance=supernet.provenance)
+        network = supernet._replace(
+            params=params, dropout_list=piad.from_rows(rows, spec)
+        )
         network = commands.stamped(network, {**facts, "trained": "piad"})
         checkpoint.save_supernet(directory, network, overwrite=directory.exists())
 
@@ -167,14 +172,15 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
         model,
         supernet.params,
         _piad_loss(config, model, groups),
-        growth.start(spec, groups),
+        Elastic(growth.start(spec, groups)),
         _grower(config, model, groups),
         sizes,
         save,
+        options.grow_epochs,
     )
 
 
-def _piad_masks(options: Any, spec: ViTSpec, groups: growth.Groups) -> MasksOf:
+def _piad_cut(options: Any, spec: ViTSpec, groups: growth.Groups) -> CutOf:
     """What a step drops: a level of the list, or a variant of the ablation."""
     draws = {
         "uniform": piad.sample_level,
@@ -202,14 +208,14 @@ def _piad_masks(options: Any, spec: ViTSpec, groups: growth.Groups) -> MasksOf:
 
 def _piad_loss(config: Any, model: ViT, groups: growth.Groups) -> Loss:
     spec, options = model.spec, config.piad
-    masks_of = _piad_masks(options, spec, groups)
+    cut_of = _piad_cut(options, spec, groups)
     smoothing = _smoothing(config)
     made = {
         "labels": lambda: objective.classification_loss(
             model,
             label_smoothing=smoothing,
             drop_path=config.drop_path,
-            masks_of=masks_of,
+            cut_of=cut_of,
         ),
         "in_place": lambda: distillation.with_full(model, label_smoothing=smoothing),
         "sandwich": lambda: distillation.with_full(
@@ -220,7 +226,7 @@ def _piad_loss(config: Any, model: ViT, groups: growth.Groups) -> Loss:
         "teacher": lambda: distillation.with_teacher(
             model,
             _teacher(options.teacher, spec),
-            masks_of=masks_of,
+            cut_of=cut_of,
             label_smoothing=smoothing,
         ),
     }
@@ -241,16 +247,19 @@ def _teacher(path: str, spec: ViTSpec):
 def _grower(config: Any, model: ViT, groups: growth.Groups):
     """`before_epoch` of PIAD: measure at the smallest level, append what it bears."""
     spec, options = model.spec, config.piad
-    progressive = options.progressive_epochs or growth.progressive_epochs(config.epochs)
+    if not options.grow_epochs > 0:
+        raise ValueError(f"grow_epochs = {options.grow_epochs} must be above 0.")
+    epochs = options.progressive_epochs or growth.progressive_epochs(config.epochs)
+    progressive = max(1, round(epochs / options.grow_epochs))
     batches = feed.batches_of(options.calibration, spec, seed=config.seed)
     mesh = sharding.mesh(config.mesh)
     cost = costs.cost_named(options.cost, spec.num_classes)
     rise = importance.sensitivity_named(options.sensitivity, spec.num_classes)
 
-    def before_epoch(epoch, state):
-        levels = jax.device_get(state.extra)
-        if epoch >= progressive:
-            return levels
+    def before_epoch(stage, state):
+        levels = jax.device_get(state.extra.dropout_list)
+        if stage >= progressive:
+            return state.extra
         measured = importance.measure(
             model,
             sharding.gathered(state.params, mesh),
@@ -260,10 +269,11 @@ def _grower(config: Any, model: ViT, groups: growth.Groups):
             sensitivity=rise,
         )
         target = growth.schedule(
-            epoch, progressive, model_macs=macs.macs(spec), share=options.share
+            stage, progressive, model_macs=macs.macs(spec), share=options.share
         )
-        return growth.grow(
+        grown = growth.grow(
             levels, spec, measured, target_macs_saved=target, groups=groups
         )
+        return state.extra._replace(dropout_list=grown)
 
     return before_epoch

@@ -152,12 +152,13 @@ def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
     return tuple(n for n in ("data", "fsdp") if n in mesh.shape)
 
 
-def shard_batch(batch: Any, mesh: Mesh) -> Any:
+def shard_batch(batch: Any, mesh: Mesh, *, parts: int = 1) -> Any:
     """This process's examples as its part of one global batch.
 
     Args:
       batch: a pytree of numpy arrays [B, ...], B examples of this process.
       mesh: of any axes.
+      parts: of the batch, one after the other, that must be shared out evenly too.
 
     Returns:
       The tree of global arrays [B * processes, ...], sharded by `batch_sharding`.
@@ -167,15 +168,15 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
         sizes that can.
     """
     sharding = batch_sharding(mesh)
-    parts = math.prod(mesh.shape[n] for n in _batch_axes(mesh))
-    _check_divides(batch, max(1, parts // jax.process_count()))
+    devices = math.prod(mesh.shape[n] for n in _batch_axes(mesh))
+    _check_divides(batch, max(1, devices // jax.process_count()), parts)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
         batch,
     )
 
 
-def _check_divides(batch: Any, parts: int) -> None:
+def _check_divides(batch: Any, devices: int, parts: int) -> None:
     sizes = {np.shape(x)[0] if np.ndim(x) else 0 for x in jax.tree.leaves(batch)}
     if len(sizes) != 1:
         raise ValueError(
@@ -183,10 +184,12 @@ def _check_divides(batch: Any, parts: int) -> None:
             "same number."
         )
     (size,) = sizes
-    if size % parts or not size:
-        below = size // parts * parts
-        near = [str(n) for n in (below, below + parts) if n]
+    whole = devices * parts
+    if size % whole or not size:
+        below = size // whole * whole
+        near = [str(n) for n in (below, below + whole) if n]
+        cut = f" in {parts} microbatches" if parts > 1 else ""
         raise ValueError(
-            f"a batch of {size} does not divide over {parts} devices: take "
+            f"a batch of {size} does not divide over {devices} devices{cut}: take "
             f"{' or '.join(near)}."
         )

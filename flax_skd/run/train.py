@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_skd.io import run_state
 from flax_skd.method.vit import Params
-from flax_skd.run import sharding
+from flax_skd.run import gradients, sharding
 from flax_skd.run.interrupt import Stopped, sigterm
 from flax_skd.run.objective import Array, Batch, Loss, Metrics, classification_loss
 from flax_skd.run.optimizer import cosine, make_optimizer
@@ -78,6 +78,7 @@ def train_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
+    accumulate: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """One update; pure.
 
@@ -88,15 +89,14 @@ def train_step(
       optimizer: whose state `state` holds.
       ema_decay: most that the average keeps of itself; at step t it keeps
         min(ema_decay, (1 + t) / (10 + t)), so that the start is forgotten.
+      accumulate: microbatches of the one update; see `gradients.of_batch`.
 
     Returns:
       The state after, and the metrics: `loss`, `grad_norm`, `param_norm` (of the
       state after) and those of `loss`.
     """
     rng = jax.random.fold_in(state.rng, state.step)
-    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
-        state.params, batch, rng, state
-    )
+    metrics, grads = gradients.of_batch(loss, state, batch, rng, accumulate=accumulate)
     # optax multiplies floats by integer counts, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -110,7 +110,7 @@ def train_step(
         "grad_norm": _norm(grads),
         "param_norm": _norm(params),
     }
-    metrics = {"loss": value, **norms, **metrics}
+    metrics = {**norms, **metrics}
     state = TrainState(state.step + 1, params, opt_state, ema, state.rng, state.extra)
     return state, metrics
 
@@ -138,6 +138,7 @@ def fit(
     before_epoch: Callable[[int, TrainState], Any] | None = None,
     epoch_steps: int = 1,
     ema_decay: float = 0.9999,
+    accumulate: int = 1,
     schedule: optax.Schedule | None = None,
     log_every_steps: int | None = None,
     log_every_s: float = 60.0,
@@ -148,7 +149,7 @@ def fit(
       state: of `initial_state`; kept, not donated.
       batches: a grain iterator of this process's batches, {"image", "label",
         "index"} or whatever `loss` takes; "index" names examples in errors.
-      loss, optimizer, ema_decay: see `train_step`.
+      loss, optimizer, ema_decay, accumulate: see `train_step`.
       steps: updates in all, those of a resumed run included.
       config: all that decides the result, data set included, as JSON holds it. A
         resumed run must have the same.
@@ -173,11 +174,19 @@ def fit(
       Stopped: after SIGTERM, with the state saved; says how to go on.
       ValueError: if `workdir`, `config`, the batches or the mesh do not fit.
     """
-    for name, count in (("steps", steps), ("checkpoint_every", checkpoint_every)):
+    counts = {"steps": steps, "checkpoint_every": checkpoint_every}
+    for name, count in (counts | {"accumulate": accumulate}).items():
         if count < 1:
             raise ValueError(f"{name} = {count} must be at least 1.")
     mesh = mesh or sharding.mesh()
-    place, update = _compiled(state, mesh, loss, optimizer, ema_decay)
+    step = functools.partial(
+        train_step,
+        loss=loss,
+        optimizer=optimizer,
+        ema_decay=ema_decay,
+        accumulate=accumulate,
+    )
+    place, update = _compiled(state, mesh, step)
     # The step donates its state, and the caller's must live on.
     state = sharding.copy_to(state, place)
     with contextlib.ExitStack() as stack:
@@ -210,7 +219,7 @@ def fit(
                 state = state._replace(extra=sharding.copy_to(extra, place.extra))
             with progress.waiting():
                 host_batch = _draw(batches, step, steps)
-                batch = sharding.shard_batch(host_batch, mesh)
+                batch = sharding.shard_batch(host_batch, mesh, parts=accumulate)
             state, metrics = update(state, batch)
             running.follow(step, metrics, host_batch)
             stopping = told_to_stop(step) and step < steps
@@ -229,12 +238,9 @@ def fit(
     return state
 
 
-def _compiled(state, mesh, loss, optimizer, ema_decay):
+def _compiled(state, mesh, step):
     """Where the state lies on the mesh, and the jitted step."""
     place = sharding.param_sharding(state, mesh)
-    step = functools.partial(
-        train_step, loss=loss, optimizer=optimizer, ema_decay=ema_decay
-    )
     whole = NamedSharding(mesh, PartitionSpec())
     return place, jax.jit(
         step,

@@ -133,8 +133,9 @@ def train(config: Any, *, workdir: str, overwrite: bool, resume: bool) -> str:
         evaluate=_evaluator(config, program, mesh, scores),
         evaluate_every=max(1, round(config.evaluate_epochs * per_epoch)),
         before_epoch=program.before_epoch,
-        epoch_steps=per_epoch,
+        epoch_steps=max(1, round(program.every_epochs * per_epoch)),
         ema_decay=config.ema_decay,
+        accumulate=config.accumulate,
         schedule=schedule,
         log_every_s=config.log_every_s,
     )
