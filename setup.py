@@ -34,7 +34,8 @@ setup(
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
-        "test": ["pytest", "ruff", "hypothesis"],
+        "log": ["tensorboardX"],  # training curves for tensorboard, where installed
+        "test": ["pytest", "ruff", "hypothesis", "tensorboardX"],
     },
     entry_points={"console_scripts": ["flax-skd=flax_skd.run.main:cli"]},
 )

@@ -1,5 +1,7 @@
 """Two processes on one machine, as two hosts would be, do what one process does."""
 
+import functools
+import json
 import os
 import pathlib
 import socket
@@ -10,15 +12,17 @@ import time
 import jax
 import numpy as np
 import pytest
+import two_commands
 import two_processes
+from flax.traverse_util import flatten_dict
 
-from flax_skd.io import data
+from flax_skd.io import checkpoint, data
 from flax_skd.run import sharding
 
 pytest.importorskip("grain")
 pytest.importorskip("PIL")
 
-SECONDS = 75  # then they are ended: a process that waits for the other waits for ever
+SECONDS = 200  # then they are ended: a process that waits for the other waits for ever
 
 
 def free_port():
@@ -27,25 +31,24 @@ def free_port():
         return s.getsockname()[1]
 
 
-def started(index, port, folder):
+def started(script, index, port, folder):
     here = pathlib.Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
     env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
     log = (folder / f"{index}.log").open("w")
     with log:
         return subprocess.Popen(
-            [sys.executable, two_processes.__file__, str(port), str(index), folder],
+            [sys.executable, script.__file__, str(port), str(index), folder],
             env=env,
             stdout=log,
             stderr=subprocess.STDOUT,
         )
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """The results of both processes."""
-    folder, port = tmp_path_factory.mktemp("pod"), free_port()
-    processes = [started(index, port, folder) for index in (0, 1)]
+def run_both(script, folder):
+    """Runs a script as two processes that end well; what each of them said."""
+    port = free_port()
+    processes = [started(script, index, port, folder) for index in (0, 1)]
     end = time.monotonic() + SECONDS
     try:
         codes = [p.wait(max(0.1, end - time.monotonic())) for p in processes]
@@ -55,8 +58,16 @@ def found(tmp_path_factory):
         for process in processes:
             process.kill()
             process.wait()
-    logs = [(folder / f"{index}.log").read_text()[-3000:] for index in (0, 1)]
-    assert codes == [0, 0], "\n".join(logs)
+    logs = [(folder / f"{index}.log").read_text() for index in (0, 1)]
+    assert codes == [0, 0], "\n".join(log[-3000:] for log in logs)
+    return logs
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """The results of both processes."""
+    folder = tmp_path_factory.mktemp("pod")
+    run_both(two_processes, folder)
     return [dict(np.load(folder / f"{index}.npz")) for index in (0, 1)]
 
 
@@ -94,6 +105,54 @@ def test_two_processes_grow_the_list_and_score_of_one(found, alone):
 
 def test_an_axis_of_parameters_over_two_processes_is_refused(found):
     assert "must divide the 2 devices of a process" in str(found[0]["refused"])
+
+
+# The command line.
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """Folders of three commands by one process and by two, and what the two said."""
+    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    mesh = functools.partial(sharding.mesh, {"data": 1}, devices=jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "mesh", lambda *args, **kwargs: mesh())
+        assert two_commands.run(one) == 0
+    return one, two, run_both(two_commands, two)
+
+
+def test_train_by_two_processes_gives_the_network_of_one(commands):
+    one, two, _ = commands
+    networks = [checkpoint.load_supernet(f / "train/network") for f in (one, two)]
+    want, got = (flatten_dict(n.params, sep="/") for n in networks)
+    assert sorted(got) == sorted(want)
+    for name in want:
+        if name.endswith("key/bias"):
+            continue  # its gradient is zero but for rounding, which AdamW divides by
+        # AdamW divides by small numbers elsewhere too, which multiplies rounding.
+        np.testing.assert_allclose(
+            got[name], want[name], rtol=1e-3, atol=1e-4, err_msg=name
+        )
+
+
+def test_contract_and_sweep_by_two_processes_give_the_table_of_one(commands):
+    one, two, _ = commands
+    want, got = (
+        json.loads((folder / "sweep/sweep.json").read_text()) for folder in (one, two)
+    )
+    want, got = (x["rows"] if isinstance(x, dict) else x for x in (want, got))
+    assert len(got) == len(want) > 2
+    for a, b in zip(got, want):
+        for name in ("criterion", "cut", "level", "macs", "params", "images"):
+            assert a[name] == b[name]
+        assert a["top1"] == pytest.approx(b["top1"], abs=100 / 90 + 1e-3)
+        assert a["kl"] == pytest.approx(b["kl"], rel=0.01, abs=1e-3)
+
+
+def test_only_the_first_process_prints(commands):
+    logs = commands[2]
+    assert "wrote" in logs[0]
+    assert "wrote" not in logs[1]
 
 
 # What each process reads.

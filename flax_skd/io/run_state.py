@@ -16,6 +16,7 @@ _LOG = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 LOG = "log.jsonl"
+BOARD = "tensorboard"  # the folder of its files
 
 
 def claim(
@@ -58,6 +59,8 @@ def claim(
 def _delete(workdir: pathlib.Path) -> None:
     """Deletes a run: the log and step directories, finished or not."""
     (workdir / LOG).unlink(missing_ok=True)
+    for events in (workdir / BOARD).glob("events.out.tfevents.*"):
+        events.unlink()
     steps = workdir / CHECKPOINTS
     for step in steps.iterdir() if steps.is_dir() else ():
         if step.name.partition(".")[0].isdigit() and step.is_dir():

@@ -68,8 +68,8 @@ def unpack(flat: Mapping[str, Any], spec: ViTSpec) -> Compensation:
     def one(block, kind):
         mean, factor = (flat.get(f"{block}/{kind}/{name}") for name in Repair._fields)
         if factor is not None:
-            factor = jnp.asarray(_unpacked(factor, sizes[kind]))
-        return Repair(jnp.asarray(mean), factor)
+            factor = _unpacked(factor, sizes[kind])
+        return Repair(np.asarray(mean), factor)
 
     blocks = [f"block_{i}" for i in range(spec.depth)]
     return Compensation(*(tuple(one(b, kind) for b in blocks) for kind in sizes))

@@ -92,13 +92,15 @@ def calibrate(
                 yield batch
                 bar.update(min(batches.batch_size, bar.total - bar.n))
 
-        return statistics.collect(
+        found = statistics.collect(
             model,
             feed.placed(network.params, mesh),
             counted(),
             cost=cost,
             weightings=weightings,
         )
+    # The same on every host, and what follows is done by each for itself.
+    return jax.device_get(found)
 
 
 def contract(config: Any, *, workdir: str, overwrite: bool) -> str:
@@ -205,15 +207,17 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
     cuts = cuts_of(main, config.cuts, config.kept, every=config.every)
     batches = feed.batches_of(config.data, main.spec, seed=config.seed)
     title = f"{batches.num_examples} images of {batches.source.name}"
-    folder.mkdir(parents=True, exist_ok=True)
-
-    title_of_list = "What each block keeps, level by level"
-    heat = report.list_figure(main.dropout_list, main.spec, title=title_of_list)
-    heat.savefig(folder / "list.png", dpi=150)
+    writes = jax.process_index() == 0
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        title_of_list = "What each block keeps, level by level"
+        heat = report.list_figure(main.dropout_list, main.spec, title=title_of_list)
+        heat.savefig(folder / "list.png", dpi=150)
 
     def keep(name, fresh):
         done.extend(fresh)
-        report.write(folder, done, title=title)
+        if writes:
+            report.write(folder, done, title=title)
         _LOG.info("%s: %d rows of %d images", name, len(fresh), fresh[0]["images"])
 
     run_sweep(

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_skd.method import compensation, macs, subnet
 from flax_skd.method.compensation import Compensation
@@ -149,7 +150,7 @@ def evaluate(
       ValueError: if there is no image, or the logits are not finite.
     """
     traced = [
-        w and SubnetSpec(*(jnp.array(field, jnp.int32) for field in w)) for w in widths
+        w and SubnetSpec(*(np.array(field, np.int32) for field in w)) for w in widths
     ]
     totals = None
     for batch in batches:

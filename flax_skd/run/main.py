@@ -6,12 +6,13 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 from absl import flags
 from absl import logging as absl_logging
 
 from flax_skd.io.extras import require
 from flax_skd.method import macs
-from flax_skd.run import commands, config_files, demo, training
+from flax_skd.run import commands, config_files, demo, distributed, training
 
 
 class Command(NamedTuple):
@@ -42,7 +43,12 @@ FLAGS = {  # name: (kind, default, help)
     "params": ("float", None, "most parameters"),
     "fast": ("boolean", False, "a shorter training, under a minute in all"),
     "seed": ("integer", 0, "of the trainings"),
+    "coordinator": ("string", None, "HOST:PORT of the first of several processes"),
+    "processes": ("integer", None, "how many processes (a TPU pod needs no flag)"),
+    "process": ("integer", None, "which of them this is, from 0"),
+    "distributed": ("boolean", False, "find the processes by Slurm or Open MPI"),
 }
+HOSTS = ("coordinator", "processes", "process", "distributed")
 
 
 def _extract(f: Any) -> str:
@@ -93,14 +99,14 @@ COMMANDS = {
         "--config=configs/wpac.py:Ti/16 --config.model.path=FILE "
         "--config.model.recipe=augreg --config.data.source=tar:IMAGES.tar --workdir=DIR",
         "wpac.py",
-        ("workdir", "overwrite"),
+        ("workdir", "overwrite", *HOSTS),
         lambda f: commands.contract(f.config, workdir=f.workdir, overwrite=f.overwrite),
     ),
     "train": Command(
         "train a ViT from scratch; checkpoints, log and the network go to --workdir",
         "--config=configs/scratch.py --workdir=DIR",
         "scratch.py",
-        ("workdir", "overwrite", "resume"),
+        ("workdir", "overwrite", "resume", *HOSTS),
         lambda f: training.train(
             f.config, workdir=f.workdir, overwrite=f.overwrite, resume=f.resume
         ),
@@ -109,7 +115,7 @@ COMMANDS = {
         "accuracy of sub-networks of the super-network in --workdir: table and figure",
         "--workdir=DIR --config.data.source=tar:IMAGES.tar",
         "sweep.py",
-        ("workdir", "out", "overwrite", "resume"),
+        ("workdir", "out", "overwrite", "resume", *HOSTS),
         lambda f: commands.sweep(
             f.config,
             workdir=f.workdir,
@@ -238,7 +244,16 @@ def main(arguments: list[str]) -> int:
         )
         return 2
     try:
-        print(COMMANDS[name].run(values))
+        if "coordinator" in COMMANDS[name].flags:
+            distributed.start(
+                coordinator=values.coordinator,
+                processes=values.processes,
+                process=values.process,
+                detect=values.distributed,
+            )
+        done = COMMANDS[name].run(values)
+        if jax.process_index() == 0:
+            print(done)
     except (ValueError, ImportError, OSError) as error:
         print(f"flax-skd {name}: {error}", file=sys.stderr)
         return 1

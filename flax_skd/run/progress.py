@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from flax_skd.io.extras import require
+from flax_skd.io.run_state import BOARD
 
 _LOG = logging.getLogger(__name__)
 
@@ -20,8 +21,9 @@ class Progress:
     """Means over the steps since the last report, reported now and then.
 
     Only the first process shows and writes anything. A report is a line in the log
-    and a row in `path`: step, means of the metrics, images/s of all hosts,
-    and the share of the time spent waiting for data.
+    and a row in `path`: step, means of the metrics, images/s of all hosts, the share of
+    the time spent waiting for data, and the seconds left at this pace. Where tensorboardX
+    is installed, the row goes to its files as well.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class Progress:
         """
         self._steps, self._every = steps, (every_steps, every_s)
         self._path = path if jax.process_index() == 0 else None
+        self._board = None
         if self._path:
             _rewind(self._path, start)
+            self._board = _tensorboard(self._path.parent / BOARD, start)
         self._bar = require("tqdm").tqdm(
             total=steps,
             initial=start,
@@ -107,6 +111,7 @@ class Progress:
         row |= {
             "images_per_s": self._images / seconds,
             "data_wait": min(1.0, self._wait / seconds),
+            "seconds_left": (self._steps - step) * seconds / self._count,
         }
         self.write(step, row)
         self._bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()})
@@ -117,15 +122,39 @@ class Progress:
         if jax.process_index():
             return
         row = {k: float(v) for k, v in row.items()}  # numpy's and jax's too
-        text = ", ".join(f"{k} {v:.5g}" for k, v in row.items())
-        _LOG.info("step %d/%d: %s", step, self._steps, text)
+        left = row.get("seconds_left")
+        told = [f"{k} {v:.5g}" for k, v in row.items() if k != "seconds_left"]
+        told += [] if left is None else [f"left {_readable(left)}"]
+        _LOG.info("step %d/%d: %s", step, self._steps, ", ".join(told))
         if self._path:
             with self._path.open("a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": step, **row}) + "\n")
+        if self._board:
+            for name, value in row.items():
+                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Ends the bar."""
+        """Ends the bar and what tensorboard reads."""
         self._bar.close()
+        if self._board:
+            self._board.close()
+
+
+def _readable(seconds: float) -> str:
+    """`40 s`, `3 min`, `2 h 5 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def _tensorboard(folder: pathlib.Path, start: int) -> Any:
+    """A writer for tensorboard from the step after `start` on; None without the package."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=start + 1)
 
 
 def _rewind(path: pathlib.Path, step: int) -> None:

@@ -1,0 +1,41 @@
+"""train, contract and sweep by the command line; run on its own, one of two of it."""
+
+import os
+import sys
+
+import jax
+
+from flax_skd.run import main
+
+TRAIN = [
+    *("train", "--config=configs/scratch.py", "--config.epochs=0.25"),
+    *("--config.model.depth=2", "--config.model.width=16", "--config.model.mlp_dim=24"),
+    *("--config.data.batch_size=64", "--config.warmup_epochs=0.0"),
+    *("--config.evaluate_epochs=100.0", "--config.weights=raw"),
+]
+CONTRACT = [
+    *("contract", "--config=configs/wpac.py", "--config.data.source=digits:train"),
+    *("--config.data.images=100", "--config.data.batch_size=40", "--config.levels=4"),
+]
+SWEEP = [
+    *("sweep", "--config.data.source=digits:test", "--config.data.images=90"),
+    *("--config.cuts=all,levels", "--config.kept=1/2", "--config.every=2"),
+    "--config.data.batch_size=40",
+]
+
+
+def run(folder, *hosts):
+    """The three commands, one after the other; 0 if all of them end well."""
+    train = [*TRAIN, f"--workdir={folder}/train"]
+    contract = [*CONTRACT, f"--config.model.path={folder}/train/network"]
+    contract.append(f"--workdir={folder}/wpac")
+    sweep = [*SWEEP, f"--workdir={folder}/wpac", f"--out={folder}/sweep"]
+    return max(main.main([*c, *hosts]) for c in (train, contract, sweep))
+
+
+if __name__ == "__main__":
+    port, index, target = sys.argv[1:]
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    os.environ.setdefault("MPLBACKEND", "agg")
+    hosts = [f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={index}"]
+    sys.exit(run(target, *hosts))
