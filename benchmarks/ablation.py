@@ -19,7 +19,14 @@ from flax_skd.io import checkpoint, data, sources
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import macs, piad
 from flax_skd.method.vit import ViT
-from flax_skd.run import commands, config_files, evaluate, training
+from flax_skd.run import (
+    commands,
+    config_files,
+    contracting,
+    evaluate,
+    sweeping,
+    training,
+)
 
 BUDGETS = ("4/12", "6/12", "8/12", "10/12")
 SIZES = ("full", *BUDGETS)
@@ -58,7 +65,9 @@ class Bench:
             config = config_files.load("configs/wpac.py")
             config.model.path = str(self.trained("start", "start"))
             config.data.source, config.seed = self.train, self.seed
-            commands.contract(config, workdir=str(self.work / "wpac"), overwrite=True)
+            contracting.contract(
+                config, workdir=str(self.work / "wpac"), overwrite=True
+            )
         return self.work / "wpac"
 
     def supernet(self, variant: str) -> SuperNet:
@@ -72,7 +81,7 @@ class Bench:
 
     def scores(self, network: SuperNet, levels: piad.DropoutList) -> Scores:
         """Top-1 at the budgets, cut by a list."""
-        cuts = commands.cuts_of(
+        cuts = sweeping.cuts_of(
             network._replace(dropout_list=levels), "budgets", ",".join(BUDGETS)
         )
         rows = evaluate.evaluate(

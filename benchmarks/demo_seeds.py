@@ -14,7 +14,7 @@ import tempfile
 
 from flax_skd.io import checkpoint, data, sources
 from flax_skd.method.vit import ViT
-from flax_skd.run import commands, demo, evaluate
+from flax_skd.run import demo, evaluate, sweeping
 
 BUDGETS = "4/12,6/12,8/12,10/12"
 
@@ -26,7 +26,7 @@ def scores(folder: pathlib.Path) -> dict[str, float]:
         network = checkpoint.load_supernet(folder / name)
         test = sources.open_source("digits:test", num_classes=network.spec.num_classes)
         batches = data.eval_batches(test, network.spec, batch_size=75)
-        cuts = commands.cuts_of(network, "budgets", BUDGETS)
+        cuts = sweeping.cuts_of(network, "budgets", BUDGETS)
         rows = evaluate.evaluate(
             ViT(network.spec), network.params, batches, [c.widths for c in cuts]
         )

@@ -12,7 +12,7 @@ from ml_collections.config_dict import placeholder
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The `model` section of `wpac.py`, and nothing else."""
+    """The `model` section of `wpac.py`, and the precision to store."""
     config = ConfigDict()
     config.model = ConfigDict()
     config.model.path = ""
@@ -28,4 +28,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.fields.std = placeholder(tuple)
     config.model.fields.crop_fraction = placeholder(float)
     config.model.fields.interpolation = placeholder(str)
+    config.dtype = "float32"  # of what is written; bfloat16 halves it
     return config

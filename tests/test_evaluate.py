@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flax_skd.io import checkpoint
 from flax_skd.method import macs, piad, subnet
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
-from flax_skd.run import commands, evaluate, report
+from flax_skd.run import evaluate, report, sweeping
 
 
 def log_softmax(x):
@@ -106,27 +107,27 @@ def test_a_cut_that_cannot_be_says_what_can(spec, args, match):
 
 
 def supernet(spec, params):
-    return commands.SuperNet(params, spec, piad.uniform(spec, steps=4), {})
+    return checkpoint.SuperNet(params, spec, piad.uniform(spec, steps=4), {})
 
 
 def test_a_sweep_lists_the_full_network_once_and_levels_on_request(spec, params):
     net = supernet(spec, params)
-    cuts = commands.cuts_of(net, "all,qk", "1/2,1", every=1)
+    cuts = sweeping.cuts_of(net, "all,qk", "1/2,1", every=1)
     assert [(c.cut, c.kept) for c in cuts] == [("all", 1), ("all", 0.5), ("qk", 0.5)]
-    levels = commands.cuts_of(net, "levels", "", every=2)
+    levels = sweeping.cuts_of(net, "levels", "", every=2)
     assert [c.level for c in levels] == [0, 2]
-    (_, half) = commands.cuts_of(net, "budgets", "0.5")
+    (_, half) = sweeping.cuts_of(net, "budgets", "0.5")
     limit = macs.macs(spec) / 2
     assert macs.macs(spec, half.widths) <= limit and half.level > 0
     assert macs.macs(spec, net.dropout_list.widths(half.level - 1, spec)) > limit
     with pytest.raises(ValueError, match="write shares like 1/4"):
-        commands.cuts_of(net, "all", "1/0")
+        sweeping.cuts_of(net, "all", "1/0")
 
 
 def test_sweep_rows_have_the_columns_and_survive_their_files(
     spec, params, batch, tmp_path
 ):
-    cuts = commands.cuts_of(supernet(spec, params), "all,mlp", "1/4,1/2")
+    cuts = sweeping.cuts_of(supernet(spec, params), "all,mlp", "1/4,1/2")
     networks = {"one": params, "two": params}
     seen = []
     rows = evaluate.sweep(
@@ -148,7 +149,7 @@ def test_sweep_rows_have_the_columns_and_survive_their_files(
 
 
 def test_tables_are_markdown_with_a_line_a_row(spec, params, batch):
-    cuts = commands.cuts_of(supernet(spec, params), "all", "1/2")
+    cuts = sweeping.cuts_of(supernet(spec, params), "all", "1/2")
     rows = evaluate.sweep({"wpac": params}, ViT(spec), [batch], cuts)
     lines = report.table(rows).splitlines()
     assert len(lines) == 4 and "MACs (full count)" in lines[0]

@@ -57,7 +57,8 @@ FLOORS = {
     **dict.fromkeys(
         [
             *("run.main", "run.commands", "run.demo", "run.training"),
-            *("run.config_files", "run.feed", "run.programs"),
+            *("run.config_files", "run.feed", "run.programs", "run.sweeping"),
+            "run.contracting",
         ],
         6,
     ),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flax_skd.method import costs
+from flax_skd.method import costs, second_moments
 from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import Array, BlockMasks, Params, ViT
 
@@ -68,12 +68,14 @@ class Statistics(NamedTuple):
       tokens: tokens an image, int.
       pilot: one dict a block, site -> [H, d]: the mean the sums are taken about.
       sums: one dict a block, site -> `FeatureSums`.
+      branches: one dict a block, weighting -> `second_moments.BlockMoments`.
     """
 
     images: Array
     tokens: int
     pilot: tuple[dict[str, Array], ...]
     sums: tuple[dict[str, FeatureSums], ...]
+    branches: tuple[dict[str, second_moments.BlockMoments], ...] = ()
 
     def mean(self, block: int, site: str) -> Array:
         """Plain mean of a feature over all tokens, [H, d]."""
@@ -98,6 +100,27 @@ class Statistics(NamedTuple):
         shift = jnp.einsum("h,hd,he->hde", moment.weight, mean, mean, precision=HIGHEST)
         return moment.second - cross - cross.swapaxes(1, 2) + shift
 
+    def block_moments(self, block: int, weighting: str) -> second_moments.BlockMoments:
+        """The second moments of a block; ValueError if they were not collected."""
+        held = self.branches[block] if self.branches else {}
+        if weighting not in held:
+            raise ValueError(
+                f"the statistics hold no {weighting!r} second moments of block {block}, "
+                f"only {sorted(held)}: collect them with moments=({weighting!r},)."
+            )
+        return held[weighting]
+
+    def branch_mean(self, block: int, branch: str, weighting: str) -> Array:
+        """Weighted mean of the inner units of `branch`, "attn" or "mlp", [n]."""
+        moments = getattr(self.block_moments(block, weighting), branch)
+        pilot = self.pilot[block]["mixed" if branch == "attn" else "hidden"]
+        return second_moments.mean(moments, pilot)
+
+    def branch_covariance(self, block: int, branch: str, weighting: str) -> Array:
+        """Covariance about `branch_mean` over the sum of weights, [n, n]."""
+        moments = getattr(self.block_moments(block, weighting), branch)
+        return second_moments.covariance(moments)
+
 
 def _heads(feature: Array) -> Array:
     """[B, H, N, d] as it is, hidden units [B, N, M] with one head; float32."""
@@ -106,19 +129,13 @@ def _heads(feature: Array) -> Array:
     return feature.astype(jnp.float32)
 
 
-def _sums_of(
-    feature: Array,
-    gradient: Array,
-    pilot: Array,
-    live: Array,
-    weightings: Iterable[str],
-) -> FeatureSums:
-    f, g = _heads(feature), _heads(gradient)
+def _sums_of(feature, gradient, seen, zeros) -> FeatureSums:
+    (pilot, live), f, g = seen, _heads(feature), _heads(gradient)
     live = live.reshape(-1, 1, 1)
     centred = f - pilot[None, :, None]
     present = centred * live[..., None]
     moments = {}
-    for name in weightings:
+    for name in zeros.moments:
         weight = WEIGHTINGS[name](f, g) * live
         weighted = weight[..., None] * centred
         moments[name] = Moments(
@@ -134,26 +151,6 @@ def _sums_of(
         taylor2=jnp.square(f * g).sum((0, 2)) / 2,
         moments=moments,
     )
-
-
-@jax.custom_vjp
-def _observe(feature, sums, pilot, live):
-    """`feature`, unchanged; the cotangent of `sums` is the sums of this batch."""
-    del sums, pilot, live
-    return feature
-
-
-def _observe_forward(feature, sums, pilot, live):
-    return feature, (feature, pilot, live, sums.moments)
-
-
-def _observe_backward(saved, gradient):
-    feature, pilot, live, moments = saved
-    sums = _sums_of(feature, gradient, pilot, live, moments)
-    return gradient, sums, jnp.zeros_like(pilot), jnp.zeros_like(live)
-
-
-_observe.defvjp(_observe_forward, _observe_backward)
 
 
 def _zeros(spec: ViTSpec, weightings: tuple[str, ...]) -> dict[str, FeatureSums]:
@@ -189,6 +186,8 @@ def pilot_means(model: ViT, params: Params, batch: dict[str, Array]):
     found = [{} for _ in range(model.spec.depth)]
 
     def tap(block, name, feature):
+        if name not in (*SITES, "mixed"):
+            return feature
         f = _heads(feature) * live.reshape(-1, 1, 1, 1)
         # An all-padding batch has no mean: zero is as good a point as any.
         count = jnp.maximum(live.sum(), 1) * f.shape[2]
@@ -207,8 +206,9 @@ def batch_sums(
     *,
     cost: costs.Cost = costs.correct_logit,
     weightings: tuple[str, ...] = ("taylor",),
+    moments: tuple[str, ...] = (),
     masks: tuple[BlockMasks, ...] | None = None,
-) -> tuple[dict[str, FeatureSums], ...]:
+) -> Any:
     """The sums of one batch, by one forward and one backward pass.
 
     Args:
@@ -218,21 +218,46 @@ def batch_sums(
       pilot: of `pilot_means`.
       cost: function (logits, labels) -> [B], such as those of `losses.COSTS`.
       weightings: which second moments of heads to collect.
+      moments: weightings of `second_moments` to collect, in full networks; with
+        `second_moments.ATTENDED` attended keys too, about the cost of attention again.
       masks: of a sub-network (`subnet.masks`), whose sums are then taken.
 
     Returns:
-      One dict a block, site -> `FeatureSums`.
+      One dict a block, site -> `FeatureSums`. With `moments`, a pair: those, and one
+      dict a block, weighting -> `second_moments.BlockMoments`.
+
+    Raises:
+      ValueError: if a name in `moments` is unknown, or comes with masks.
     """
+    if moments and masks is not None:
+        raise ValueError("second moments are of the full network: leave out masks.")
+    sums, branches = _both_sums(
+        *(model, params, batch, pilot, cost, moments, masks),
+        _zeros(model.spec, weightings, moments),
+    )
+    return (sums, branches) if moments else sums
+
+
+def _both_sums(model, params, batch, pilot, cost, moments, masks, zeros):
     live = batch["weight"]
 
     def total(zeros):
+        sums, branches = zeros
+        also = second_moments.taps(
+            model.spec, branches, pilot, live=live, moments=moments
+        )
+
         def tap(block, name, feature):
-            return _observe(feature, zeros[block][name], pilot[block][name], live)
+            if name in SITES:
+                seen = (pilot[block][name], live)
+                feature = second_moments.observed(
+                    _sums_of, feature, seen, sums[block][name]
+                )
+            return also(block, name, feature) if moments else feature
 
         logits = model.apply({"params": params}, batch["image"], masks, tap)
         return jnp.sum(cost(logits, batch["label"]) * live)
 
-    zeros = tuple(_zeros(model.spec, weightings) for _ in range(model.spec.depth))
     return jax.grad(total)(zeros)
 
 

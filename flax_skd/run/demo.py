@@ -12,7 +12,7 @@ from flax_skd.io import checkpoint, data, sources
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import contraction, macs, piad, subnet
 from flax_skd.method.vit import ViT
-from flax_skd.run import commands, config_files, evaluate, report, training
+from flax_skd.run import commands, config_files, evaluate, report, sweeping, training
 
 CRITERIA = ("wpac", "taylor1", "pca")
 EIGHTHS = tuple(i / 8 for i in range(1, 9))
@@ -113,8 +113,9 @@ def _sweep(networks: dict, supernet: SuperNet, batches: data.EvalBatches):
             level = piad.level_for(levels, spec, limit)
             cut = evaluate.list_cut(spec, levels, level)
             learnt.append(cut._replace(kept=share))
-    rows = commands.run_sweep({"piad": supernet.params}, model, batches, learnt)
-    return rows + commands.run_sweep(networks, model, batches, uniform)
+    rows = sweeping.run_sweep({"piad": supernet}, model, batches, learnt)
+    others = {name: supernet._replace(params=p) for name, p in networks.items()}
+    return rows + sweeping.run_sweep(others, model, batches, uniform)
 
 
 def batch_size() -> int:

@@ -4,6 +4,9 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
+import numpy as np
+
 from flax_skd.method import (
     allocation,
     compensation,
@@ -11,10 +14,10 @@ from flax_skd.method import (
     growth,
     importance,
     macs,
-    piad,
 )
 from flax_skd.method.compensation import Compensation
 from flax_skd.method.piad import DropoutList
+from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import Params, ViT
 from flax_skd.run import evaluate
 
@@ -48,9 +51,11 @@ def grown(
     """
     spec = model.spec
     widths = dropout_list.widths(int(dropout_list.levels), spec)
+    if repairs is not None:
+        params = _repaired(params, spec, repairs, _arrays(widths))
     measured = importance.measure(
         model,
-        compensation.repaired(params, spec, repairs, widths),
+        params,
         batches,
         widths,
         cost=cost,
@@ -60,6 +65,14 @@ def grown(
     return growth.grow(
         dropout_list, spec, measured, target_macs_saved=target, groups=groups
     )
+
+
+# Compiled once for a network, whatever its widths.
+_repaired = jax.jit(compensation.repaired, static_argnums=1)
+
+
+def _arrays(widths: SubnetSpec) -> SubnetSpec:
+    return SubnetSpec(*(np.array(field, np.int32) for field in widths))
 
 
 def by_importance(
@@ -114,9 +127,7 @@ def by_loss(
         return [score.kl for score in scores]
 
     def report(done: allocation.Round) -> None:
-        left = done.cost / cost(
-            model.spec, piad.uniform(model.spec).widths(0, model.spec)
-        )
+        left = done.cost / cost(model.spec, SubnetSpec.full(model.spec))
         _LOG.info(
             "list: %d cuts, KL %.4f (%.4f if they added up), %.1f %% left",
             *(done.cuts, done.loss, done.predicted, 100 * left),

@@ -12,7 +12,15 @@ from absl import logging as absl_logging
 
 from flax_skd.io.extras import require
 from flax_skd.method import macs
-from flax_skd.run import commands, config_files, demo, distributed, training
+from flax_skd.run import (
+    commands,
+    config_files,
+    contracting,
+    demo,
+    distributed,
+    sweeping,
+    training,
+)
 
 
 class Command(NamedTuple):
@@ -100,7 +108,9 @@ COMMANDS = {
         "--config.model.recipe=augreg --config.data.source=tar:IMAGES.tar --workdir=DIR",
         "wpac.py",
         ("workdir", "overwrite", *HOSTS),
-        lambda f: commands.contract(f.config, workdir=f.workdir, overwrite=f.overwrite),
+        lambda f: contracting.contract(
+            f.config, workdir=f.workdir, overwrite=f.overwrite
+        ),
     ),
     "train": Command(
         "train a ViT from scratch; checkpoints, log and the network go to --workdir",
@@ -116,7 +126,7 @@ COMMANDS = {
         "--workdir=DIR --config.data.source=tar:IMAGES.tar",
         "sweep.py",
         ("workdir", "out", "overwrite", "resume", *HOSTS),
-        lambda f: commands.sweep(
+        lambda f: sweeping.sweep(
             f.config,
             workdir=f.workdir,
             out=f.out,

@@ -10,7 +10,7 @@ import numpy as np
 
 from flax_skd.io import checkpoint
 from flax_skd.io.checkpoint import SubNet, SuperNet
-from flax_skd.method import costs, growth, importance, macs, piad, vit
+from flax_skd.method import costs, growth, importance, piad, vit
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import Params, ViT
 from flax_skd.run import (
@@ -18,6 +18,7 @@ from flax_skd.run import (
     distillation,
     elastic,
     feed,
+    lists,
     mixing,
     objective,
     sharding,
@@ -144,8 +145,18 @@ def finetune(config: Any, small: SubNet) -> Program:
 
 
 def piad_program(config: Any, supernet: SuperNet) -> Program:
-    """PIAD (Li et al., AAAI 2026): a growing dropout list, a level a step."""
+    """PIAD (Li et al., AAAI 2026): a growing dropout list, a level a step.
+
+    What repairs the cuts of the network it starts from stays, constant, and is on in
+    every step.
+    """
     spec, options = supernet.spec, config.piad
+    if supernet.compensation is not None and options.sampling == "per_example":
+        raise ValueError(
+            "sampling 'per_example' cuts every example by itself, and a compensated "
+            "network has one set of weights a cut: take sampling 'per_step', or "
+            "contract with --config.compensation=none."
+        )
     model = _vit(config, spec)
     groups = growth.Groups(
         options.groups.attn,
@@ -172,7 +183,7 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
         model,
         supernet.params,
         _piad_loss(config, model, groups),
-        Elastic(growth.start(spec, groups)),
+        Elastic(growth.start(spec, groups), supernet.compensation),
         _grower(config, model, groups),
         sizes,
         save,
@@ -250,30 +261,29 @@ def _grower(config: Any, model: ViT, groups: growth.Groups):
     if not options.grow_epochs > 0:
         raise ValueError(f"grow_epochs = {options.grow_epochs} must be above 0.")
     epochs = options.progressive_epochs or growth.progressive_epochs(config.epochs)
-    progressive = max(1, round(epochs / options.grow_epochs))
+    stages = max(1, round(epochs / options.grow_epochs))
     batches = feed.batches_of(options.calibration, spec, seed=config.seed)
     mesh = sharding.mesh(config.mesh)
     cost = costs.cost_named(options.cost, spec.num_classes)
     rise = importance.sensitivity_named(options.sensitivity, spec.num_classes)
 
     def before_epoch(stage, state):
-        levels = jax.device_get(state.extra.dropout_list)
-        if stage >= progressive:
+        if stage >= stages:
             return state.extra
-        measured = importance.measure(
-            model,
-            sharding.gathered(state.params, mesh),
-            feed.OnMesh(batches, mesh),
-            levels.widths(int(levels.levels), spec),
+        levels, repairs = state.extra
+        levels = lists.grown(
+            jax.device_get(levels),
+            stage,
+            stages=stages,
+            model=model,
+            params=sharding.gathered(state.params, mesh),
+            batches=feed.OnMesh(batches, mesh),
+            repairs=repairs and sharding.gathered(repairs, mesh),
+            share=options.share,
+            groups=groups,
             cost=cost,
             sensitivity=rise,
         )
-        target = growth.schedule(
-            stage, progressive, model_macs=macs.macs(spec), share=options.share
-        )
-        grown = growth.grow(
-            levels, spec, measured, target_macs_saved=target, groups=groups
-        )
-        return state.extra._replace(dropout_list=grown)
+        return state.extra._replace(dropout_list=levels)
 
     return before_epoch

@@ -119,7 +119,9 @@ def train(config: Any, *, workdir: str, overwrite: bool, resume: bool) -> str:
     scores: dict[str, float] = {}
     mesh = sharding.mesh(config.mesh)
     state = loop.fit(
-        loop.initial_state(program.params, optimizer, rng, extra=program.extra),
+        loop.initial_state(
+            commands.in_float32(program.params), optimizer, rng, extra=program.extra
+        ),
         batches,
         loss=program.loss,
         optimizer=optimizer,
@@ -170,9 +172,12 @@ def _evaluator(
 
     def evaluator(state):
         sizes = program.sizes(jax.device_get(state.extra))
+        repairs = state.extra and state.extra.compensation
         for name, params in (("raw", state.params), ("ema", state.ema)):
             params = sharding.gathered(params, mesh)
-            found = evaluate.evaluate(model, params, images, list(sizes.values()))
+            found = evaluate.evaluate(
+                model, params, images, list(sizes.values()), repairs=repairs
+            )
             for size, score in zip(sizes, found):
                 key = f"{name}_top1" if size == "full" else f"{name}_{size}_top1"
                 latest[key] = score.top1

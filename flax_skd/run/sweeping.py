@@ -1,0 +1,112 @@
+"""The sweep command: sub-networks of super-networks to a table and figures."""
+
+import fractions
+import logging
+import pathlib
+from typing import Any
+
+import jax
+
+from flax_skd.io import checkpoint
+from flax_skd.io.checkpoint import SuperNet
+from flax_skd.method import macs, piad
+from flax_skd.method.spec import SubnetSpec
+from flax_skd.method.vit import ViT
+from flax_skd.run import commands, evaluate, feed, report, sharding
+
+_LOG = logging.getLogger(__name__)
+
+
+def cuts_of(
+    supernet: SuperNet, cuts: str, kept: str, *, every: int = 1
+) -> list[evaluate.Cut]:
+    """The rows a sweep config asks for; the full network comes first, once."""
+    spec = supernet.spec
+    full = evaluate.Cut("all", 1.0, 0, SubnetSpec.full(spec))
+    rows = [full]
+    try:
+        shares = [float(fractions.Fraction(share)) for share in commands.listed(kept)]
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"kept = {kept!r}: write shares like 1/4,0.5,3/4.") from error
+    levels = supernet.dropout_list
+    for cut in commands.listed(cuts):
+        if cut == "levels":
+            chosen = range(every, int(levels.levels) + 1, every)
+            rows += [evaluate.list_cut(spec, levels, level) for level in chosen]
+        elif cut == "budgets":
+            limits = [int(share * macs.macs(spec)) for share in shares]
+            chosen = [piad.level_for(levels, spec, limit) for limit in limits]
+            rows += [evaluate.list_cut(spec, levels, level) for level in chosen]
+        else:
+            rows += [evaluate.fixed_cut(spec, cut, share) for share in shares]
+    return [r for r in rows if r is full or r.widths != full.widths]
+
+
+def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool) -> str:
+    """The table of criteria against cuts, written after every criterion."""
+    main = checkpoint.load_supernet(workdir)
+    facts = main.provenance
+    name = facts.get("trained", facts.get("criterion", "as trained"))
+    supernets = {name: main}
+    for name in commands.listed(config.compare):
+        supernets[name] = checkpoint.load_supernet(f"{workdir}-{name}")
+    folder = pathlib.Path(out or f"{workdir.rstrip('/')}-sweep")
+    done = _finished(folder / "sweep.json", overwrite=overwrite, resume=resume)
+    there = {row["criterion"] for row in done}
+    supernets = {k: v for k, v in supernets.items() if k not in there}
+    cuts = cuts_of(main, config.cuts, config.kept, every=config.every)
+    batches = feed.batches_of(config.data, main.spec, seed=config.seed)
+    title = f"{batches.num_examples} images of {batches.source.name}"
+    writes = jax.process_index() == 0
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        title_of_list = "What each block keeps, level by level"
+        heat = report.list_figure(main.dropout_list, main.spec, title=title_of_list)
+        heat.savefig(folder / "list.png", dpi=150)
+
+    def keep(name, fresh):
+        done.extend(fresh)
+        if writes:
+            report.write(folder, done, title=title)
+        _LOG.info("%s: %d rows of %d images", name, len(fresh), fresh[0]["images"])
+
+    run_sweep(
+        supernets,
+        ViT(main.spec, dtype=commands.dtype_named(config.dtype)),
+        batches,
+        cuts,
+        after_each=keep,
+    )
+    return f"{report.table(done)}\n\nwrote {folder}/sweep.json, sweep.csv, sweep.png, list.png"
+
+
+def _finished(path: pathlib.Path, *, overwrite: bool, resume: bool) -> report.Rows:
+    """Rows to keep from an earlier, perhaps interrupted sweep."""
+    if not path.exists() or overwrite:
+        return []
+    if not resume:
+        raise ValueError(
+            f"{path} is there: pass --resume to add the criteria it lacks, --overwrite "
+            "to start again, or another --out."
+        )
+    return report.read(path)
+
+
+def run_sweep(supernets, model, batches, cuts, *, after_each=lambda name, rows: None):
+    """`evaluate.sweep` of super-networks over the mesh, with a progress bar."""
+    mesh = sharding.mesh()
+    total = len(supernets) * len(cuts) * len(batches) * batches.batch_size
+    with feed.progress("sweep", total) as bar:
+        return evaluate.sweep(
+            {name: feed.placed(s.params, mesh) for name, s in supernets.items()},
+            model,
+            feed.OnMesh(batches, mesh),
+            cuts,
+            repairs={
+                name: feed.placed(s.compensation, mesh)
+                for name, s in supernets.items()
+                if s.compensation is not None
+            },
+            progress=bar.update,
+            after_each=after_each,
+        )
