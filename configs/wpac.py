@@ -39,11 +39,35 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.batch_size = 64
     config.data.on_bad_image = "error"  # or "skip"
 
-    config.criterion = "wpac"  # wpac | pca | taylor1 | taylor2 | magnitude | random
-    config.units = ""  # order of hidden units: taylor2 for wpac; taylor1 is the text's
+    # balanced | wpac | pca | taylor1 | taylor2 | magnitude | random
+    config.criterion = "wpac"
+    config.balanced = ConfigDict()  # what criterion balanced takes; see method.balance
+    config.balanced.parts = "qk,vo"
+    config.balanced.query = "gradient"  # weights of tokens: gradient | plain
+    config.balanced.key = "gradient"
+    config.balanced.mixed = "gradient"
+    config.balanced.keys = "image"  # or attended
+    config.balanced.metric = "identity"  # or gradient
+    config.balanced.moment = "covariance"  # or uncentred
+    # Order of hidden units: greedy | variance_weight | variance | taylor1 | taylor2 |
+    # magnitude | random; empty is the criterion's own (wpac: taylor2).
+    config.units = ""
+    config.compensation = "none"  # of cuts: mean | least_squares
+    config.compensation_dtype = "float32"  # or bfloat16, half the size
+    config.tokens = "gradient"  # their weights in the moments of units; or plain
+    config.ridge = 1e-4  # of covariances, relative to the mean variance
     config.cost = "logit"  # cross_entropy | self_kl (no labels) | feature (no head)
     config.compare = ""  # criteria to write beside it, as DIR-taylor1, from one pass
-    config.levels = 32  # of the uniform list of sub-networks
+    config.list = ConfigDict()  # of sub-networks
+    config.list.kind = "uniform"  # importance (the paper's) | loss (measured)
+    config.list.levels = 32  # of a uniform list
+    config.list.share = 0.75  # of all MACs, saved by the last level of the others
+    config.list.images = 64  # of the calibration images, measured again and again
+    config.list.sensitivity = "cross_entropy"  # of importance: accuracy | kl
+    config.list.cuts = 0.25  # loss: share of the candidates that a round cuts
+    config.list.attn = 8  # loss: groups of head dims
+    config.list.mlp = 16  # loss: groups of hidden units
+    config.list.tie_heads = False  # loss: queries, keys and values of one width
     config.dtype = "float32"  # of the forward and backward pass
     config.seed = 0
     return config

@@ -360,7 +360,8 @@ def test_moments_follow_the_contraction_of_the_network(spec, params):
     # Any rotation: `inject` wants the inverse to be the transpose.
     value = np.linalg.qr(rng.normal(size=shape))[0].astype(np.float32)
     units = rng.permutation(spec.mlp_dim)
-    basis = contraction.Basis(value, jnp.array(value), jnp.array(units))
+    axes = contraction.orthogonal(value, jnp.array(value))
+    basis = contraction.Basis(*axes, jnp.array(units))
     turned = contraction.inject(params, (basis,) * spec.depth)
     images = images_of(spec, 4)
     before, after = (inner_features(spec, p, images) for p in (params, turned))

@@ -12,7 +12,7 @@ from flax_skd.method.vit import ViT
 
 @pytest.fixture(scope="module")
 def stats(spec, params, batch):
-    return collect(spec, params, batch, 6, weightings=BOTH)
+    return collect(spec, params, batch, 6, weightings=BOTH, moments=("gradient",))
 
 
 @pytest.mark.parametrize("criterion", contraction.CRITERIA)
@@ -36,14 +36,15 @@ def _get(tree, path):
 
 
 @pytest.mark.parametrize("criterion", contraction.CRITERIA)
-def test_rotations_are_orthogonal_and_orders_are_permutations(
-    spec, params, stats, criterion
-):
+def test_pairs_are_inverse_and_orders_are_permutations(spec, params, stats, criterion):
     for basis in contraction.bases(params, spec, stats, criterion=criterion):
-        for rotation in basis[:2]:
-            gram = np.einsum("hde,hdf->hef", rotation, rotation)
-            want = np.broadcast_to(np.eye(spec.head_dim), gram.shape)
-            np.testing.assert_allclose(gram, want, atol=1e-5)
+        query, key, value, out = (np.float64(x) for x in basis[:4])
+        identity = np.broadcast_to(np.eye(spec.head_dim), query.shape)
+        np.testing.assert_allclose(query @ key.swapaxes(1, 2), identity, atol=1e-5)
+        np.testing.assert_allclose(value @ out, identity, atol=1e-5)
+        if criterion != "balanced":
+            np.testing.assert_array_equal(query, key)
+            np.testing.assert_array_equal(value, out.swapaxes(1, 2))
         assert sorted(basis.units.tolist()) == list(range(spec.mlp_dim))
 
 
@@ -60,8 +61,8 @@ def test_wpac_axes_are_the_eigenvectors_of_the_weighted_covariance(
 
     for i, basis in enumerate(contraction.bases(params, spec, stats)):
         for rotation, matrix in (
-            (basis.qk, covariance(i, "query") + covariance(i, "key")),
-            (basis.vo, covariance(i, "value")),
+            (basis.query, covariance(i, "query") + covariance(i, "key")),
+            (basis.value, covariance(i, "value")),
         ):
             values, _ = np.linalg.eigh(matrix)
             turned = np.einsum("hda,hde,heb->hab", rotation, matrix, rotation)
@@ -121,6 +122,16 @@ def test_unit_orders_can_be_chosen_apart(spec, params, stats):
     assert (np.diff(score[got[0].units]) <= 0).all()
 
 
+def test_unit_orders_found_elsewhere_are_taken_as_they_are(spec, params, stats):
+    rng = np.random.default_rng(0)
+    orders = tuple(rng.permutation(spec.mlp_dim) for _ in range(spec.depth))
+    got = contraction.bases(
+        params, spec, stats, criterion=contraction.CRITERIA["pca"], units=orders
+    )
+    for basis, order in zip(got, orders, strict=True):
+        np.testing.assert_array_equal(basis.units, order)
+
+
 def test_equal_eigenvalues_and_dead_units_still_keep_the_function(spec, params, batch):
     # A head whose values are constant has a zero covariance; a unit that never fires
     # has zero importance.
@@ -141,8 +152,12 @@ def test_equal_eigenvalues_and_dead_units_still_keep_the_function(spec, params, 
     [
         ({"criterion": "svd"}, "'svd': choose one of wpac, pca"),
         ({"units": "greedy"}, "'greedy': choose one of"),
+        ({"units": (np.arange(40),)}, "of 1 blocks, not of 3"),
+        ({"units": (np.zeros(40, int),) * 3}, "block 0 is no permutation of 0 to 39"),
     ],
 )
-def test_unknown_names_list_the_known_ones(spec, params, stats, options, match):
+def test_unknown_names_and_wrong_orders_say_what_is_allowed(
+    spec, params, stats, options, match
+):
     with pytest.raises(ValueError, match=match):
         contraction.contract(params, spec, stats, **options)

@@ -42,6 +42,15 @@ def test_a_cluster_is_found_if_asked(joined):
     assert joined == [{}]
 
 
+def test_a_cluster_that_is_not_there_is_said(joined, monkeypatch):
+    def initialize():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ValueError, match="no cluster .*defined.*--coordinator=HOST"):
+        distributed.start(detect=True)
+
+
 def test_named_processes_meet_at_the_coordinator(joined):
     distributed.start(coordinator="h:1234", processes=4, process=3)
     want = {"coordinator_address": "h:1234", "num_processes": 4, "process_id": 3}

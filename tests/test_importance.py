@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import shake
 
-from flax_skd.method import costs, growth, importance, macs, subnet
+from flax_skd.method import costs, growth, importance, macs, statistics, subnet
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
 from flax_skd.run import sharding
@@ -57,14 +57,15 @@ def scores_of(spec, params, batch, widths):
     found = {}
 
     def record(block, site, feature):
-        found[block, site] = feature
+        if site in statistics.SITES:
+            found[block, site] = feature
         return feature
 
     model.apply({"params": small}, batch["image"], taps=record)
 
     def total(extra):
         def add(block, site, feature):
-            return feature + extra[block, site]
+            return feature + extra.get((block, site), 0.0)
 
         logits = model.apply({"params": small}, batch["image"], taps=add)
         return logits[np.arange(len(batch["label"])), batch["label"]].sum()

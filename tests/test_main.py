@@ -190,10 +190,20 @@ BAD = {
         2,
         "no entry 'sauce'",
     ),
-    "wrong type": (["contract", "--workdir=x", "--config.levels=many"], 2, "levels"),
+    "wrong type": (
+        ["contract", "--workdir=x", "--config.list.levels=many"],
+        2,
+        "levels",
+    ),
     "no workdir": (["contract"], 2, "--workdir is needed"),
     "surplus words": (["contract", "--workdir=x", "y"], 2, "surplus arguments"),
     "no config": (["train", "--workdir=x", "--config=no.py"], 2, "shipped with"),
+    "half a run": (["train", "--workdir={tmp}/x", "--processes=2"], 1, "go together"),
+    "no such process": (
+        ["sweep", "--workdir=x", "--coordinator=h:1", "--processes=2", "--process=2"],
+        1,
+        "choose 0 to 1",
+    ),
     "no network": (["contract", "--workdir={tmp}/x"], 1, "give --config.model.path"),
     "no budget": (["extract", "--workdir=x", "--out=y"], 1, "exactly one of --budget"),
     "two budgets": (
@@ -274,6 +284,14 @@ def test_help_names_every_command_flag_and_config_entry(capsys):
     assert "--config.data.batch_size" in capsys.readouterr().out
 
 
+def test_what_uses_devices_may_run_in_several_processes():
+    for name in ("train", "contract", "sweep"):
+        assert {"coordinator", "processes", "process"} < set(main.COMMANDS[name].flags)
+        values = main.parse(name, ["--workdir=x", "--coordinator=h:1", "--process=1"])
+        assert (values.coordinator, values.process) == ("h:1", 1)
+        assert values.processes is None and not values.distributed
+
+
 def test_configs_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = config_files.load("configs/wpac.py:Ti/16")
@@ -293,9 +311,12 @@ TRAIN += ["--config.evaluate_epochs=1", "--config.checkpoint_every=10"]
 
 
 def test_train_learns_digits_saves_the_network_and_protects_it(tmp_path, capsys):
-    args = [*TRAIN, f"--workdir={tmp_path}/run"]
+    args = [*TRAIN, f"--workdir={tmp_path}/run", "--config.accumulate=2"]
     assert main.main(args) == 0
     assert re.search(r"ema_top1 \d+\.\d+ %", capsys.readouterr().out)
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    told = {name for row in map(json.loads, log) for name in row}
+    assert {"loss", "accuracy", "images_per_s", "lr", "seconds_left"} <= told
     network = checkpoint.load_supernet(tmp_path / "run" / training.NETWORK)
     assert network.spec.num_classes == 10 and int(network.dropout_list.levels) == 0
     assert main.main(args) == 1

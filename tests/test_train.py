@@ -50,9 +50,9 @@ def examples(count=12):
     ]
 
 
-def batches(source=None, repeat=None):
+def batches(source=None, repeat=None, size=4):
     data = grain.MapDataset.source(source or examples()).seed(3).shuffle()
-    return iter(data.repeat(repeat).batch(4, drop_remainder=True).to_iter_dataset())
+    return iter(data.repeat(repeat).batch(size, drop_remainder=True).to_iter_dataset())
 
 
 def linear_loss(params, batch, rng, state):
@@ -199,11 +199,14 @@ def keyless_loss(params, batch, rng, state):
     return linear_loss(params, batch, jax.random.key(0), state)
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, 8])
 def test_microbatches_do_what_the_whole_batch_does(devices):
     mesh = sharding.mesh({"data": devices}, devices=jax.devices()[:devices])
     options = {"loss": keyless_loss, "mesh": mesh, "optimizer": optax.sgd(0.1)}
-    whole, parts = (run(steps=3, accumulate=n, **options) for n in (1, 2))
+    whole, parts = (
+        run(batches(examples(48), size=16), steps=3, accumulate=n, **options)
+        for n in (1, 2)
+    )
     for tree in ("params", "ema"):
         leaves = (jax.tree.leaves(getattr(s, tree)) for s in (parts, whole))
         for got, want in zip(*leaves, strict=True):

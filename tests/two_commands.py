@@ -15,7 +15,11 @@ TRAIN = [
 ]
 CONTRACT = [
     *("contract", "--config=configs/wpac.py", "--config.data.source=digits:train"),
-    *("--config.data.images=100", "--config.data.batch_size=40", "--config.levels=4"),
+    *(
+        "--config.data.images=100",
+        "--config.data.batch_size=40",
+        "--config.list.levels=4",
+    ),
 ]
 SWEEP = [
     *("sweep", "--config.data.source=digits:test", "--config.data.images=90"),

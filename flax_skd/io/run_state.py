@@ -59,8 +59,11 @@ def claim(
 def _delete(workdir: pathlib.Path) -> None:
     """Deletes a run: the log and step directories, finished or not."""
     (workdir / LOG).unlink(missing_ok=True)
-    for events in (workdir / BOARD).glob("events.out.tfevents.*"):
+    board = workdir / BOARD
+    for events in board.glob("events.out.tfevents.*"):
         events.unlink()
+    if board.is_dir() and not any(board.iterdir()):
+        board.rmdir()
     steps = workdir / CHECKPOINTS
     for step in steps.iterdir() if steps.is_dir() else ():
         if step.name.partition(".")[0].isdigit() and step.is_dir():

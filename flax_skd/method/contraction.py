@@ -1,8 +1,9 @@
 """Rotations and unit orders from statistics, injected without changing the function.
 
-Every criterion has one signature, (block, statistics, index, rng) -> `Basis`, so that
-tables compare them. `wpac` is the method of Li et al., AAAI 2026; the others are the
-plain criteria it is measured against.
+Every criterion has one signature, (block, statistics, index, rng) -> axes and unit
+order of `Basis`, so that tables compare them. `wpac` is the method of Li et al., AAAI
+2026; `balanced` takes any invertible pair; the others are the plain criteria they are
+measured against.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from flax_skd.method import balance
 from flax_skd.method.spec import ViTSpec
 from flax_skd.method.statistics import HIGHEST, Statistics
 from flax_skd.method.vit import Array, Params
@@ -20,14 +23,25 @@ class Basis(NamedTuple):
     """A change of coordinates of one block, what matters first.
 
     Attributes:
-      qk: orthogonal [H, d, d], columns are the new dims of queries and keys.
-      vo: orthogonal [H, d, d], of values and the rows of `out`.
+      query, key: [H, d, d], columns are the new dims; query @ key^T = I.
+      value: [H, d, d], columns are the new dims of values.
+      out: [H, d, d], its rows are the new rows of `out`; value @ out = I.
       units: permutation [M] of the hidden units.
     """
 
-    qk: Array
-    vo: Array
+    query: Array
+    key: Array
+    value: Array
+    out: Array
     units: Array
+
+
+Axes = tuple[Array, Array, Array, Array]
+
+
+def orthogonal(qk: Array, vo: Array) -> Axes:
+    """The axes of `Basis` of orthogonal [H, d, d], each its own inverse transposed."""
+    return qk, qk, vo, vo.swapaxes(1, 2)
 
 
 def principal_axes(covariance: Array) -> Array:
@@ -64,7 +78,7 @@ def _pca(weighting: str):
             statistics.covariance(index, site, weighting)
             for site in ("query", "key", "value")
         )
-        return principal_axes(query + key), principal_axes(value)
+        return orthogonal(principal_axes(query + key), principal_axes(value))
 
     return axes
 
@@ -74,7 +88,7 @@ def _taylor(name: str):
         del block, rng
         score = {s: getattr(v, name) for s, v in statistics.sums[index].items()}
         qk = _permutation(score["query"] + score["key"])
-        return qk, _permutation(score["value"])
+        return orthogonal(qk, _permutation(score["value"]))
 
     return axes
 
@@ -85,13 +99,14 @@ def _magnitude(block, statistics, index, rng):
         jnp.square(block["attn"][name]["kernel"]).sum(0)
         for name in ("query", "key", "value")
     )
-    return _permutation(query + key), _permutation(value)
+    return orthogonal(_permutation(query + key), _permutation(value))
 
 
 def _random(block, statistics, index, rng):
     del statistics, index
     shape = block["attn"]["query"]["kernel"].shape[1:]
-    return tuple(_permutation(jax.random.uniform(key, shape)) for key in rng[:2])
+    qk, vo = (_permutation(jax.random.uniform(key, shape)) for key in rng[:2])
+    return orthogonal(qk, vo)
 
 
 UNIT_ORDERS: dict[str, Callable[..., Array]] = {
@@ -110,14 +125,38 @@ class Criterion(NamedTuple):
     """How to order a block, and what to collect for it.
 
     Attributes:
-      axes: function of (block, statistics, index, rng) -> (qk, vo) of `Basis`.
+      axes: function of (block, statistics, index, rng) -> the first four of
+        `Basis`.
       units: the key of `UNIT_ORDERS` it takes unless told otherwise.
-      weightings: second moments its statistics need.
+      weightings, moments: what `statistics.collect` has to be asked for.
     """
 
-    axes: Callable[..., tuple[Array, Array]]
+    axes: Callable[..., Axes]
     units: str
     weightings: tuple[str, ...] = ()
+    moments: tuple[str, ...] = ()
+
+
+def balanced_criterion(options: balance.Balanced) -> Criterion:
+    """Balanced pairs (`balance`); a part that is not balanced takes WPAC's rotation.
+
+    Raises:
+      ValueError: if an option is unknown.
+    """
+    parts = options.check().parts
+    both = len(set(parts)) == 2
+
+    def axes(block, statistics, index, rng):
+        query = key = value = out = None
+        if not both:
+            query, key, value, out = _pca("taylor")(block, statistics, index, rng)
+        if "qk" in parts:
+            query, key = balance.query_key(statistics, index, options)
+        if "vo" in parts:
+            value, out = balance.value_out(block, statistics, index, options)
+        return tuple(map(jnp.asarray, (query, key, value, out)))
+
+    return Criterion(axes, "taylor2", () if both else ("taylor",), options.moments())
 
 
 # The authors' program orders hidden units by sum (g h)^2 / 2, the paper's text by
@@ -129,6 +168,7 @@ CRITERIA: dict[str, Criterion] = {
     "taylor2": Criterion(_taylor("taylor2"), "taylor2"),
     "magnitude": Criterion(_magnitude, "magnitude"),
     "random": Criterion(_random, "random"),
+    "balanced": balanced_criterion(balance.Balanced()),
 }
 
 
@@ -144,8 +184,8 @@ def bases(
     spec: ViTSpec,
     statistics: Statistics,
     *,
-    criterion: str = "wpac",
-    units: str | None = None,
+    criterion: str | Criterion = "wpac",
+    units: str | tuple[Array, ...] | None = None,
     seed: int = 0,
 ) -> tuple[Basis, ...]:
     """The change of coordinates of every block under a criterion.
@@ -153,30 +193,51 @@ def bases(
     Args:
       params: of the full network the statistics were collected on.
       spec: its sizes.
-      statistics: of `statistics.collect`, with the criterion's weightings.
-      criterion: a key of `CRITERIA`.
-      units: a key of `UNIT_ORDERS`; None for the criterion's own.
+      statistics: of `statistics.collect`, with the criterion's weightings and moments.
+      criterion: a key of `CRITERIA`, or a `Criterion`.
+      units: a key of `UNIT_ORDERS`, or permutations [M], one a block; None for the
+        criterion's own.
       seed: of the random criterion.
 
     Raises:
-      ValueError: if a name is unknown, or a moment was not collected.
+      ValueError: if a name is unknown, an order is no permutation of a block's units,
+        or a moment was not collected.
     """
-    chosen = criterion_named(criterion)
-    units = units or chosen.units
-    if units not in UNIT_ORDERS:
-        raise ValueError(f"unit order {units!r}: choose one of {tuple(UNIT_ORDERS)}.")
+    chosen = criterion_named(criterion) if isinstance(criterion, str) else criterion
+    units = _checked_units(chosen.units if units is None else units, spec)
     out = []
     for i in range(spec.depth):
         rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), 3)
         args = (params[f"block_{i}"], statistics, i, rng)
-        out.append(Basis(*chosen.axes(*args), _order(UNIT_ORDERS[units](*args))))
+        if isinstance(units, str):
+            order = _order(UNIT_ORDERS[units](*args))
+        else:
+            order = jnp.asarray(units[i], jnp.int32)
+        out.append(Basis(*chosen.axes(*args), order))
     return tuple(out)
+
+
+def _checked_units(units: str | tuple[Array, ...], spec: ViTSpec):
+    if isinstance(units, str):
+        if units not in UNIT_ORDERS:
+            raise ValueError(f"unit order {units!r}: choose one of {[*UNIT_ORDERS]}.")
+        return units
+    if len(units) != spec.depth:
+        raise ValueError(f"unit orders of {len(units)} blocks, not of {spec.depth}.")
+    for i, order in enumerate(units):
+        if not np.array_equal(np.sort(order), np.arange(spec.mlp_dim)):
+            raise ValueError(
+                f"the unit order of block {i} is no permutation of 0 to "
+                f"{spec.mlp_dim - 1}: give each hidden unit once."
+            )
+    return units
 
 
 def inject(params: Params, changes: tuple[Basis, ...]) -> Params:
     """Rewrites every block in new coordinates; the function stays the same.
 
-    W_q, W_k <- (.) R_qk; W_v <- W_v R_vo; W_o <- R_vo^T W_o; hidden units permuted.
+    W_q <- W_q query; W_k <- W_k key; W_v <- W_v value; W_o <- out W_o; biases with
+    their kernels; hidden units permuted.
     """
     new = dict(params)
     for i, basis in enumerate(changes):
@@ -192,13 +253,13 @@ def _inject_block(block: Params, basis: Basis) -> Params:
         return turned
 
     attn, mlp = block["attn"], block["mlp"]
-    out = _einsum("hed,hef->hfd", attn["out"]["kernel"], basis.vo)
+    out = _einsum("hed,hfe->hfd", attn["out"]["kernel"], basis.out)
     return {
         **block,
         "attn": {
-            "query": rotate(attn["query"], basis.qk),
-            "key": rotate(attn["key"], basis.qk),
-            "value": rotate(attn["value"], basis.vo),
+            "query": rotate(attn["query"], basis.query),
+            "key": rotate(attn["key"], basis.key),
+            "value": rotate(attn["value"], basis.value),
             "out": {**attn["out"], "kernel": out},
         },
         "mlp": {
@@ -224,8 +285,8 @@ def contract(
     spec: ViTSpec,
     statistics: Statistics,
     *,
-    criterion: str = "wpac",
-    units: str | None = None,
+    criterion: str | Criterion = "wpac",
+    units: str | tuple[Array, ...] | None = None,
     seed: int = 0,
 ) -> Params:
     """`inject` of `bases`: a network with the same logits whose prefixes are good.

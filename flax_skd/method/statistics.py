@@ -15,16 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from flax_skd.method import costs, second_moments
+from flax_skd.method.second_moments import observed
 from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import Array, BlockMasks, Params, ViT
 
 SITES = ("query", "key", "value", "hidden")
 HIGHEST = jax.lax.Precision.HIGHEST
 
+# Weight of a token of a head [B, H, N] from f, g [B, H, N, d].
 WEIGHTINGS: dict[str, Callable[[Array, Array], Array]] = {
-    # weight of a token of a head [B, H, N] from f, g [B, H, N, d]
-    "taylor": lambda f, g: jnp.abs(f * g).mean(-1),
-    "plain": lambda f, g: jnp.ones(f.shape[:-1], f.dtype),
+    "taylor": second_moments.WEIGHTINGS["gradient"].own,
+    "plain": second_moments.WEIGHTINGS["plain"].own,
 }
 
 
@@ -96,29 +97,19 @@ class Statistics(NamedTuple):
             )
         moment = sums.moments[weighting]
         mean = sums.first / (self.images * self.tokens)
-        cross = jnp.einsum("hd,he->hde", mean, moment.first, precision=HIGHEST)
-        shift = jnp.einsum("h,hd,he->hde", moment.weight, mean, mean, precision=HIGHEST)
+        cross = mean[..., None] * moment.first[:, None]
+        shift = moment.weight[:, None, None] * mean[..., None] * mean[:, None]
         return moment.second - cross - cross.swapaxes(1, 2) + shift
-
-    def block_moments(self, block: int, weighting: str) -> second_moments.BlockMoments:
-        """The second moments of a block; ValueError if they were not collected."""
-        held = self.branches[block] if self.branches else {}
-        if weighting not in held:
-            raise ValueError(
-                f"the statistics hold no {weighting!r} second moments of block {block}, "
-                f"only {sorted(held)}: collect them with moments=({weighting!r},)."
-            )
-        return held[weighting]
 
     def branch_mean(self, block: int, branch: str, weighting: str) -> Array:
         """Weighted mean of the inner units of `branch`, "attn" or "mlp", [n]."""
-        moments = getattr(self.block_moments(block, weighting), branch)
-        pilot = self.pilot[block]["mixed" if branch == "attn" else "hidden"]
+        moments = second_moments.of_branch(self.branches, block, branch, weighting)
+        pilot = self.pilot[block][second_moments.INNER[branch]]
         return second_moments.mean(moments, pilot)
 
     def branch_covariance(self, block: int, branch: str, weighting: str) -> Array:
         """Covariance about `branch_mean` over the sum of weights, [n, n]."""
-        moments = getattr(self.block_moments(block, weighting), branch)
+        moments = second_moments.of_branch(self.branches, block, branch, weighting)
         return second_moments.covariance(moments)
 
 
@@ -153,34 +144,25 @@ def _sums_of(feature, gradient, seen, zeros) -> FeatureSums:
     )
 
 
-def _zeros(spec: ViTSpec, weightings: tuple[str, ...]) -> dict[str, FeatureSums]:
-    """Accumulators of one block."""
+def _zeros(spec: ViTSpec, weightings: tuple[str, ...], moments: tuple[str, ...]):
+    """Accumulators: of `FeatureSums` and of `second_moments`, one dict a block each."""
 
     def site(heads, size, names):
-        moments = {
-            name: Moments(
-                jnp.zeros(heads),
-                jnp.zeros((heads, size)),
-                jnp.zeros((heads, size, size)),
-            )
-            for name in names
-        }
-        return FeatureSums(*(jnp.zeros((heads, size)) for _ in range(4)), moments)
+        rows, shapes = (heads, size), ((heads,), (heads, size), (heads, size, size))
+        held = {name: Moments(*map(jnp.zeros, shapes)) for name in names}
+        return FeatureSums(*map(jnp.zeros, (rows,) * 4), held)
 
-    head = functools.partial(site, spec.num_heads, spec.head_dim, weightings)
-    return {
-        "query": head(),
-        "key": head(),
-        "value": head(),
-        "hidden": site(1, spec.mlp_dim, ()),
-    }
+    shapes = dict.fromkeys(SITES, (spec.num_heads, spec.head_dim, weightings))
+    shapes["hidden"] = (1, spec.mlp_dim, ())
+    blocks = range(spec.depth)  # with arrays of their own: `collect` donates them
+    sums = tuple({name: site(*shapes[name]) for name in SITES} for _ in blocks)
+    return sums, tuple(second_moments.zeros(spec, moments) for _ in blocks)
 
 
 def pilot_means(model: ViT, params: Params, batch: dict[str, Array]):
     """Mean of every feature over one batch, the point the sums are taken about.
 
-    Returns:
-      One dict a block, site -> [H, d] float32.
+    One dict a block, site -> [H, d] float32; of the head outputs `mixed` too.
     """
     live = batch["weight"]
     found = [{} for _ in range(model.spec.depth)]
@@ -220,22 +202,17 @@ def batch_sums(
       weightings: which second moments of heads to collect.
       moments: weightings of `second_moments` to collect, in full networks; with
         `second_moments.ATTENDED` attended keys too, about the cost of attention again.
-      masks: of a sub-network (`subnet.masks`), whose sums are then taken.
+      masks: of a sub-network (`subnet.masks`), whose sums are then taken; no moments.
 
     Returns:
       One dict a block, site -> `FeatureSums`. With `moments`, a pair: those, and one
       dict a block, weighting -> `second_moments.BlockMoments`.
-
-    Raises:
-      ValueError: if a name in `moments` is unknown, or comes with masks.
     """
-    if moments and masks is not None:
+    if moments and masks:
         raise ValueError("second moments are of the full network: leave out masks.")
-    sums, branches = _both_sums(
-        *(model, params, batch, pilot, cost, moments, masks),
-        _zeros(model.spec, weightings, moments),
-    )
-    return (sums, branches) if moments else sums
+    zeros = _zeros(model.spec, weightings, moments)
+    both = _both_sums(model, params, batch, pilot, cost, moments, masks, zeros)
+    return both if moments else both[0]
 
 
 def _both_sums(model, params, batch, pilot, cost, moments, masks, zeros):
@@ -243,16 +220,12 @@ def _both_sums(model, params, batch, pilot, cost, moments, masks, zeros):
 
     def total(zeros):
         sums, branches = zeros
-        also = second_moments.taps(
-            model.spec, branches, pilot, live=live, moments=moments
-        )
+        also = second_moments.taps(model.spec, branches, pilot, live, moments)
 
         def tap(block, name, feature):
             if name in SITES:
-                seen = (pilot[block][name], live)
-                feature = second_moments.observed(
-                    _sums_of, feature, seen, sums[block][name]
-                )
+                seen = pilot[block][name], live
+                feature = observed(_sums_of, feature, seen, sums[block][name])
             return also(block, name, feature) if moments else feature
 
         logits = model.apply({"params": params}, batch["image"], masks, tap)
@@ -268,58 +241,59 @@ def collect(
     *,
     cost: costs.Cost = costs.correct_logit,
     weightings: tuple[str, ...] = ("taylor",),
+    moments: tuple[str, ...] = (),
 ) -> Statistics:
     """Sums over all batches, in one jitted pass.
 
-    The result does not depend on the batch size, nor on how many devices the batches
-    are sharded over, but for rounding.
+    The result does not depend on batch size or number of devices, but for rounding.
 
     Args:
-      model, params, cost, weightings: as in `batch_sums`.
+      model, params, cost, weightings, moments: as in `batch_sums`.
       batches: dicts of arrays, all of one shape; global arrays if there is a mesh.
 
     Raises:
       ValueError: if there is no batch, or a sum is not finite (the block is named).
     """
-    add_batch = jax.jit(
-        functools.partial(_add_batch, model, cost=cost, weightings=weightings),
-        donate_argnums=0,
-    )
+    step = functools.partial(_add_batch, model, cost=cost, moments=tuple(moments))
+    add_batch = jax.jit(step, donate_argnums=0)
     total = pilot = None
     for batch in batches:
         if total is None:
             pilot = jax.jit(functools.partial(pilot_means, model))(params, batch)
-            zeros = tuple(_zeros(model.spec, weightings) for _ in pilot)
-            total = (jnp.zeros(()), zeros)
+            total = (jnp.zeros(()), _zeros(model.spec, weightings, moments))
         total = add_batch(total, params, batch, pilot)
     if total is None:
         raise ValueError("no calibration images: the source of batches is empty.")
-    statistics = Statistics(total[0], model.spec.num_tokens, pilot, total[1])
+    statistics = Statistics(total[0], model.spec.num_tokens, pilot, *total[1])
     check_finite(statistics)
     return statistics
 
 
-def _add_batch(model, total, params, batch, pilot, *, cost, weightings):
+def _add_batch(model, total, params, batch, pilot, *, cost, moments):
     images, sums = total
-    fresh = batch_sums(model, params, batch, pilot, cost=cost, weightings=weightings)
+    # No cotangent depends on the accumulators: the totals stand in for zeros.
+    fresh = _both_sums(model, params, batch, pilot, cost, moments, None, sums)
     return images + batch["weight"].sum(), jax.tree.map(jnp.add, sums, fresh)
 
 
 def check_finite(statistics: Statistics) -> None:
     """Raises ValueError naming the first block and feature that is not finite."""
-    finite = jax.device_get(
-        jax.tree.map(lambda x: jnp.isfinite(x).all(), statistics.sums)
-    )
+    sums = statistics.sums, statistics.branches
+    sums, branches = jax.device_get(jax.tree.map(lambda x: jnp.isfinite(x).all(), sums))
     # Features first: a bad one spoils every gradient before it as well.
-    for what, leaves in (
-        ("values", lambda sums: [sums.first]),
-        ("gradients", jax.tree.leaves),
-    ):
-        for index, block in enumerate(finite):
-            for site in SITES:
-                if not all(leaves(block[site])):
-                    raise ValueError(
-                        f"the {what} of {site} in block {index} are not finite on the "
-                        "calibration images: look for NaN or inf in the parameters "
-                        "there or before it and in the images, or use float32."
-                    )
+    kinds = ("values", lambda f: [f.first]), ("gradients", jax.tree.leaves)
+    bad = [
+        (f"{what} of {site}", index)
+        for what, leaves in kinds
+        for index, block in enumerate(sums)
+        for site in SITES
+        if not all(leaves(block[site]))
+    ]
+    good = [all(jax.tree.leaves(block)) for block in branches]
+    bad += [("second moments", i) for i, fine in enumerate(good) if not fine]
+    for what, index in bad[:1]:
+        raise ValueError(
+            f"the {what} in block {index} are not finite on the calibration images: "
+            "look for NaN or inf in the parameters there or before it and in the "
+            "images, or use float32."
+        )

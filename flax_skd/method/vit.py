@@ -65,6 +65,7 @@ class Block(nn.Module):
                     f"layer_scale{number}", nn.initializers.ones, (self.spec.width,)
                 )
                 y = times(y, scale)
+            y = tap("attn_out" if number == 1 else "mlp_out", y)
             x = x + (y if gate is None else times(y, gate[..., None]))
         return x
 
@@ -100,7 +101,7 @@ class _Heads(nn.Module):
         k = project("key", self.qk_dim)
         v = times(project("value", self.vo_dim), masks.vo)
         # The scale is the full head's: a cut head is a part of it, not another head.
-        z = self.attention(q, k, v, spec.head_dim**-0.5)
+        z = tap("mixed", self.attention(q, k, v, spec.head_dim**-0.5))
         shape = (spec.num_heads, self.vo_dim, spec.width)
         return Linear("bhne,hed->bnd", shape, dtype=self.dtype, name="out")(z)
 
@@ -165,7 +166,9 @@ class ViT(nn.Module):
           masks: one `BlockMasks` a block (`subnet.masks`); traced, so that one
             compilation serves every sub-network.
           taps: function (block, name, feature) -> feature, called on `query`, `key`,
-            `value` [B, H, N, d] and `hidden` [B, N, M] before their masks.
+            `value` [B, H, N, d] and `hidden` [B, N, M] before their masks, on the
+            head outputs `mixed` [B, H, N, d], and on what a branch adds to the stream,
+            `attn_out`, `mlp_out` [B, N, D], after LayerScale and before the gate.
 
         Raises:
           ValueError: if the images are not of the spec's size.

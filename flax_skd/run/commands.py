@@ -86,7 +86,13 @@ def stamped(network: SuperNet, facts: dict[str, Any]) -> SuperNet:
 
 
 def calibrate(
-    network: SuperNet, batches: data.EvalBatches, *, cost: str, dtype: Any, weightings
+    network: SuperNet,
+    batches: data.EvalBatches,
+    *,
+    cost: str,
+    dtype: Any,
+    weightings: tuple[str, ...],
+    moments: tuple[str, ...] = (),
 ) -> statistics.Statistics:
     """The statistics pass over the mesh, with a progress bar."""
     mesh = sharding.mesh()
@@ -106,6 +112,7 @@ def calibrate(
             counted(),
             cost=cost,
             weightings=weightings,
+            moments=moments,
         )
     # The same on every host, and what follows is done by each for itself.
     return jax.device_get(found)

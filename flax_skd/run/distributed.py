@@ -24,13 +24,14 @@ def start(
       detect: leave it to JAX, which knows Slurm, Open MPI and others.
 
     Raises:
-      ValueError: if what is given does not name a process of a run.
+      ValueError: if what is given does not name a process of a run, or no cluster is
+        found.
     """
     if jax.distributed.is_initialized():
         return
     if coordinator is None and processes is None and process is None:
         if detect or _on_pod():
-            jax.distributed.initialize()
+            _detect()
         return
     if coordinator is None or processes is None or process is None:
         raise ValueError(
@@ -48,6 +49,17 @@ def start(
     jax.distributed.initialize(
         coordinator_address=coordinator, num_processes=processes, process_id=process
     )
+
+
+def _detect() -> None:
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        raise ValueError(
+            f"no cluster that JAX knows was found here ({error}) Leave --distributed "
+            "out on one machine, or name the processes by --coordinator=HOST:PORT, "
+            "--processes=N and --process=I."
+        ) from error
 
 
 def _on_pod() -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 import pathlib
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -87,10 +88,7 @@ COMMANDS = {
         "",
         ("out", "overwrite", "fast", "seed"),
         lambda f: demo.run(
-            f.out or "flax_skd_demo",
-            overwrite=f.overwrite,
-            fast=f.fast,
-            seed=f.seed,
+            f.out or "flax_skd_demo", overwrite=f.overwrite, fast=f.fast, seed=f.seed
         ),
     ),
     "convert": Command(
@@ -162,18 +160,25 @@ def command_help(name: str) -> str:
     lines += ["example:", f"  flax-skd {name} {command.example}", "", "flags:"]
     lines += [f"  --{flag:11}{FLAGS[flag][2]}" for flag in command.flags]
     if command.config:
-        path = config_files.find(f"configs/{command.config}")
         lines += [f"  --{'config':11}config file[:variant]; configs/{command.config}"]
         lines += ["  --config.x   change one entry of it:", ""]
-        text = pathlib.Path(path).read_text()
-        body = text[text.index("ConfigDict()\n") :]
-        lines += [
-            "    "
-            + line.strip().replace("config.", "--config.", 1).replace("placeholder", "")
-            for line in body.splitlines()
-            if line.strip().startswith("config.") and "ConfigDict()" not in line
-        ]
+        lines += _entries(f"configs/{command.config}")
     return "\n".join(lines)
+
+
+def _entries(config: str) -> list[str]:
+    """What a config file sets, then what the file it starts from sets."""
+    text = pathlib.Path(config_files.find(config)).read_text()
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [
+        "    " + line.replace("config.", "--config.", 1).replace("placeholder", "")
+        for line in lines
+        if line.startswith("config.") and "ConfigDict()" not in line
+    ]
+    base = re.search(r"config_files\.load\(f?.(configs/\w+\.py)", text)
+    if base:
+        lines += ["", f"    of {base[1]}, where not set above:", *_entries(base[1])]
+    return lines
 
 
 def parse(name: str, arguments: list[str]) -> flags.FlagValues:
@@ -261,6 +266,8 @@ def main(arguments: list[str]) -> int:
                 process=values.process,
                 detect=values.distributed,
             )
+        if jax.process_index():
+            logging.getLogger("flax_skd").setLevel(logging.WARNING)  # one log a run
         done = COMMANDS[name].run(values)
         if jax.process_index() == 0:
             print(done)

@@ -168,7 +168,7 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
     def sizes(extra):
         levels = extra.dropout_list
         last = levels.widths(int(levels.levels), spec)
-        return {"full": SubnetSpec.full(spec), "smallest": last}
+        return {"full": None, "smallest": last}
 
     def save(directory, params, extra, facts):
         levels = extra.dropout_list
