@@ -59,8 +59,8 @@ def _clover(block, statistics, index, rng):
     out = np.asarray(attn["out"]["kernel"], np.float64)
     grams = [x.swapaxes(1, 2) @ x for x in (query, key, value)]
     right = np.stack([balance.root(gram)[0] for gram in grams[1]])
-    left, dual = balance._dual(grams[0], right)
-    axes = (left, dual.swapaxes(1, 2), *balance._dual(grams[2], out))
+    left, dual = balance.pair(grams[0], right)
+    axes = (left, dual.swapaxes(1, 2), *balance.pair(grams[2], out))
     return tuple(map(jnp.asarray, axes))
 
 

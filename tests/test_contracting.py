@@ -1,0 +1,162 @@
+"""Recipes of contraction: the same function, repaired cuts, and lists measured on it."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from flax_skd.io import checkpoint
+from flax_skd.io.checkpoint import SuperNet
+from flax_skd.method import compensation, macs, packing, piad, subnet
+from flax_skd.method.spec import SubnetSpec
+from flax_skd.method.vit import ViT
+from flax_skd.run import commands, config_files, contracting, sharding
+
+pytest.importorskip("orbax.checkpoint")
+WIDTHS = SubnetSpec((9, 0, 3), (6, 0, 12), (40, 13, 0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    with pytest.MonkeyPatch.context() as patch:
+        one = functools.partial(sharding.mesh, devices=jax.devices()[:1])
+        patch.setattr(sharding, "mesh", one)
+        yield
+
+
+@pytest.fixture(scope="module")
+def files(spec, params, tmp_path_factory):
+    """A directory of the tiny network, and labelled images of its size."""
+    folder = tmp_path_factory.mktemp("files")
+    spec = spec.replace(crop_fraction=1.0)
+    full = piad.from_rows([SubnetSpec.full(spec)], spec)
+    checkpoint.save_supernet(folder / "net", SuperNet(params, spec, full, {}))
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (48, 16, 16, 3)).astype(np.uint8)
+    np.savez(folder / "images.npz", images=images, labels=np.arange(48) % 5)
+    return folder
+
+
+def config_of(files, **changes):
+    config = config_files.load("configs/balanced.py")
+    config.model.path = str(files / "net")
+    config.data.source = f"npz:{files}/images.npz"
+    config.data.images, config.data.batch_size = 32, 16
+    config.list.images = 16
+    config.update_from_flattened_dict(
+        {k.replace("__", "."): v for k, v in changes.items()}
+    )
+    return config
+
+
+def contracted(files, name, **changes):
+    config = config_of(files, **changes)
+    said = contracting.contract(config, workdir=str(files / name), overwrite=True)
+    return checkpoint.load_supernet(files / name), said
+
+
+@pytest.fixture(scope="module")
+def balanced(files):
+    return contracted(files, "balanced", compare="wpac")
+
+
+def logits(spec, params, batch, widths=None):
+    return ViT(spec, widths).apply({"params": params}, batch["image"])
+
+
+def test_the_function_is_kept_and_the_size_is_told(balanced, files, params, batch):
+    network, said = balanced
+    before = logits(network.spec, params, batch)
+    for folder in ("balanced", "balanced-wpac"):
+        turned = checkpoint.load_supernet(files / folder)
+        after = logits(turned.spec, turned.params, batch)
+        # Balanced pairs are not orthogonal: rounding grows with their condition.
+        np.testing.assert_allclose(after, before, atol=1e-4)
+    assert checkpoint.load_supernet(files / "balanced-wpac").compensation is None
+    size = packing.size(network.compensation) / 1e6
+    assert f"{size:.1f} MB of compensation" in said
+    assert "compensation" not in said.splitlines()[1]
+
+
+def test_a_repaired_cut_is_the_same_masked_and_extracted_and_nearer_the_full(
+    balanced, params, batch
+):
+    network = balanced[0]
+    spec, repairs = network.spec, network.compensation
+    whole = compensation.repaired(network.params, spec, repairs, WIDTHS)
+    masked = ViT(spec).apply(
+        {"params": whole}, batch["image"], subnet.masks(spec, WIDTHS)
+    )
+    small = logits(spec, subnet.extract(whole, WIDTHS), batch, WIDTHS)
+    np.testing.assert_allclose(masked, small, rtol=1e-5, atol=1e-5)
+    full = logits(spec, params, batch)
+    plain = subnet.extract(network.params, WIDTHS)
+    lost = np.square(logits(spec, plain, batch, WIDTHS) - full).mean()
+    assert np.square(small - full).mean() < 0.8 * lost
+
+
+def test_extraction_gives_the_repaired_weights_without_data(balanced, batch):
+    network = balanced[0]
+    small, level = commands.subnet_within(network, cost=macs.macs, limit=0.5)
+    assert level > 0
+    whole = compensation.repaired(
+        network.params, network.spec, network.compensation, small.widths
+    )
+    want = logits(
+        network.spec, subnet.extract(whole, small.widths), batch, small.widths
+    )
+    got = logits(small.spec, small.params, batch, small.widths)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["importance", "loss"])
+def test_a_list_is_measured_on_the_network_and_reaches_its_share(files, kind):
+    network, _ = contracted(
+        files, kind, list__kind=kind, list__share=0.5, list__attn=4, list__mlp=4
+    )
+    spec, levels = network.spec, network.dropout_list
+    last = levels.widths(int(levels.levels), spec)
+    share = macs.macs(spec, last) / macs.macs(spec)
+    assert int(levels.levels) > 3
+    assert (share <= 0.5) if kind == "loss" else (0.5 <= share < 0.7)
+    tied = np.array_equal(levels.qk_dim, levels.vo_dim)
+    assert tied == (kind == "importance")
+
+
+def test_heads_are_tied_if_asked(files):
+    network, _ = contracted(
+        files, "tied", list__kind="loss", list__share=0.4, list__tie_heads=True
+    )
+    np.testing.assert_array_equal(
+        network.dropout_list.qk_dim, network.dropout_list.vo_dim
+    )
+
+
+def test_means_alone_and_half_precision_are_stored_as_asked(files):
+    means, _ = contracted(files, "means", compensation="mean")
+    assert means.compensation.mlp[0].factor is None
+    half, _ = contracted(files, "half", compensation_dtype="bfloat16")
+    assert half.compensation.mlp[0].factor.dtype.name == "bfloat16"
+    assert half.compensation.mlp[0].mean.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"criterion": "magic"}, "choose one of wpac"),
+        ({"units": "best"}, "units 'best': choose one of ''"),
+        ({"compensation": "all"}, "choose one of none, mean, least_squares"),
+        ({"tokens": "heavy"}, "heavy"),
+        ({"balanced.parts": "mlp"}, "name 'qk', 'vo' or both"),
+        ({"balanced.keys": "none"}, "choose one of"),
+        ({"list.kind": "best"}, "choose one of"),
+        ({"list.share": 1.0}, "list.share = 1.0"),
+    ],
+)
+def test_options_that_do_not_exist_are_refused_before_the_pass(files, change, message):
+    config = config_of(files)
+    config.update_from_flattened_dict(change)
+    with pytest.raises(ValueError, match=message):
+        contracting.contract(config, workdir=str(files / "bad"), overwrite=False)
+    assert not (files / "bad").exists()
