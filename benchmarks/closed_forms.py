@@ -1,6 +1,6 @@
 """Training-free cuts of a real ViT: the paper's way, ours part by part, rivals.
 
-    python benchmarks/closed_forms.py --path=FILE --recipe=augreg \
+    python benchmarks/closed_forms.py --path=FILE --variant=Ti/16 --recipe=augreg \
         --calibration=tar:IMAGES.tar --labels=sorted --test=tar:VAL.tar [--out=DIR]
 
 One statistics pass, then every variant from the same sums, every row on the same test
@@ -149,6 +149,7 @@ class Harness:
     def __init__(self, args: argparse.Namespace):
         config = config_files.load("configs/balanced.py")
         config.model.path, config.model.recipe = args.path, args.recipe
+        config.model.variant = args.variant
         config.data.source, config.data.labels = args.calibration, args.labels
         config.data.images, config.seed = args.images, args.seed
         self.config = config
@@ -288,6 +289,7 @@ def main() -> None:
     """Runs one of the two tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--path", required=True, help="weights file, or a directory")
+    parser.add_argument("--variant", default="", help="such as Ti/16")
     parser.add_argument("--recipe", default="")
     parser.add_argument("--calibration", required=True, help="source of images")
     parser.add_argument("--labels", default="")

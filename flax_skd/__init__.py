@@ -11,6 +11,7 @@ from flax_skd.io.checkpoint import (
 from flax_skd.io.conversion import read
 from flax_skd.io.data import eval_batches
 from flax_skd.io.sources import open_source
+from flax_skd.method.compensation import Compensation, repaired
 from flax_skd.method.contraction import contract
 from flax_skd.method.macs import macs, param_count
 from flax_skd.method.piad import DropoutList, level_for, uniform
@@ -21,6 +22,7 @@ from flax_skd.method.vit import ViT, init
 
 __version__ = "0.1.0"
 __all__ = [
+    "Compensation",
     "DropoutList",
     "SubNet",
     "SubnetSpec",
@@ -40,6 +42,7 @@ __all__ = [
     "open_source",
     "param_count",
     "read",
+    "repaired",
     "save_subnet",
     "save_supernet",
     "uniform",

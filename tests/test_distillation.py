@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_skd.method import losses, macs, piad, subnet
+from flax_skd.io.checkpoint import SuperNet
+from flax_skd.method import compensation, losses, macs, piad, subnet
+from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
-from flax_skd.run import distillation, objective, train
+from flax_skd.run import distillation, objective, programs, train
+from flax_skd.run.config_files import load
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +148,63 @@ def test_a_temperature_softens_both_and_is_scaled_back():
 def test_a_teacher_of_other_classes_is_refused(spec, params):
     with pytest.raises(ValueError, match="teacher has 5 classes, the student 7"):
         distillation.frozen(ViT(spec), params, num_classes=7)
+
+
+def random_repairs(spec, seed=0):
+    """The compensation of features that are random, correlated and off centre."""
+    rng = np.random.default_rng(seed)
+
+    def moment(n):
+        data = rng.normal(size=(4 * n, n)) @ rng.normal(size=(n, n)) + 0.3
+        return data.mean(0), np.cov(data.T)
+
+    sizes = compensation.inner_units(spec)
+    blocks = range(spec.depth)
+    return compensation.from_moments(
+        [moment(sizes["attn"]) for _ in blocks],
+        [moment(sizes["mlp"]) for _ in blocks],
+        spec,
+    )
+
+
+@pytest.mark.parametrize("name", ["labels", "in_place"])
+def test_a_compensated_network_is_trained_as_it_is_extracted(
+    spec, params, batch, levels, name
+):
+    repairs = random_repairs(spec)
+    extra = objective.Elastic(levels, repairs)
+    state = train.TrainState(jnp.int32(0), params, None, None, None, extra)
+    widths = piad.uniform(spec, steps=4).widths(2, spec)
+    refit = jax.jit(compensation.repaired, static_argnums=1)
+    whole = refit(params, spec, repairs, widths)
+    small = subnet.extract(whole, widths)
+    logits = ViT(spec, widths).apply({"params": small}, batch["image"])
+    plain = ViT(spec, widths).apply(
+        {"params": subnet.extract(params, widths)}, batch["image"]
+    )
+    assert float(jnp.abs(logits - plain).max()) > 1e-2, "repairs change the cut"
+    want = losses.cross_entropy(logits, batch["label"])
+    if name == "labels":
+        cut_of = objective.sampled_levels(spec, draw=lambda *args: jnp.int32(2))
+        loss = objective.classification_loss(ViT(spec), cut_of=cut_of)
+    else:
+        loss = distillation.with_full(
+            ViT(spec),
+            levels_of=lambda rng, dropout_list: [jnp.int32(2)],
+            subnet_loss=distillation.follow_labels,
+        )
+        full = ViT(spec).apply({"params": params}, batch["image"])
+        want = want + losses.cross_entropy(full, batch["label"])
+    value, _ = jax.jit(loss)(params, batch, jax.random.key(0), state)
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+
+
+def test_levels_of_examples_and_a_compensation_do_not_go_together(spec, params, levels):
+    full = SubnetSpec.full(spec)
+    network = SuperNet(
+        params, spec, piad.from_rows([full], spec), {}, random_repairs(spec)
+    )
+    config = load("configs/piad.py")
+    config.piad.sampling = "per_example"
+    with pytest.raises(ValueError, match="one set of weights a cut"):
+        programs.piad_program(config, network)
