@@ -6,6 +6,7 @@
 Of `configs/ablation.py`. Every variant starts from the same contracted network and
 trains as long; all are cut by the list that PIAD learnt from that start. A run whose
 network lies in --work already is not repeated, so that an interrupted benchmark goes on.
+With `--start=docs/networks/cifar10_ti16_64px --alone=` the network is a pre-trained one.
 """
 
 import argparse
@@ -41,19 +42,25 @@ Scores = dict[str, float]
 class Bench:
     """One seed: its directory, its data, and runs that are not repeated."""
 
-    def __init__(self, file: str, work: pathlib.Path, seed: int):
-        self.work, self.seed = work / f"seed_{seed}", seed
-        self.train, self.test = f"npz:{file}:train", f"npz:{file}:test"
+    def __init__(self, args: argparse.Namespace, seed: int):
+        self.work, self.seed = pathlib.Path(args.work) / f"seed_{seed}", seed
+        self.train, self.test = f"npz:{args.data}:train", f"npz:{args.data}:test"
+        self.start, self.test_images = args.start, args.test_images
+
+    def started(self) -> pathlib.Path:
+        """The network all variants start from: given, or trained from scratch."""
+        return pathlib.Path(self.start or self.trained("start", "start"))
 
     def trained(self, name: str, variant: str, start: str = "") -> pathlib.Path:
         """The directory of a trained network."""
         target = self.work / name
         if not (target / training.NETWORK).is_dir():
-            config = config_files.load(f"configs/ablation.py:{variant}")
+            setting = "pretrained/" if self.start else ""
+            config = config_files.load(f"configs/ablation.py:{setting}{variant}")
             config.seed = self.seed
             config.data.source, config.data.eval_source = self.train, ""
             if start:
-                config.model.path = str(self.work / start)
+                config.model.path = start
             if "piad" in config:
                 config.piad.calibration.source = self.train
             training.train(config, workdir=str(target), overwrite=True, resume=False)
@@ -63,7 +70,7 @@ class Bench:
         """WPAC of the trained start, by 1,024 of its images."""
         if not (self.work / "wpac").is_dir():
             config = config_files.load("configs/wpac.py")
-            config.model.path = str(self.trained("start", "start"))
+            config.model.path = str(self.started())
             config.data.source, config.seed = self.train, self.seed
             contracting.contract(
                 config, workdir=str(self.work / "wpac"), overwrite=True
@@ -74,10 +81,10 @@ class Bench:
         """What a variant of the ablation trained."""
         self.contracted()
         if variant == "piad_without_wpac":
-            return checkpoint.load_supernet(
-                self.trained(variant, "piad", "start/network")
-            )
-        return checkpoint.load_supernet(self.trained(variant, variant, "wpac"))
+            name, start = "piad", self.started()
+        else:
+            name, start = variant, self.work / "wpac"
+        return checkpoint.load_supernet(self.trained(variant, name, str(start)))
 
     def scores(self, network: SuperNet, levels: piad.DropoutList) -> Scores:
         """Top-1 at the budgets, cut by a list."""
@@ -95,13 +102,15 @@ class Bench:
     def alone(self, kind: str, budget: str, levels: piad.DropoutList) -> Scores:
         """Top-1 of one size trained on its own, with new weights."""
         name = f"alone_{kind}_{budget.replace('/', '_')}"
-        start = checkpoint.load_supernet(self.work / "start/network")
+        start = checkpoint.load_supernet(self.started())
         share = float(fractions.Fraction(budget))
         small, _ = commands.subnet_within(
             start._replace(dropout_list=levels), cost=macs.macs, limit=share
         )
         checkpoint.save_subnet(self.work / f"{name}_cut", small, overwrite=True)
-        network = checkpoint.load_subnet(self.trained(name, "alone", f"{name}_cut"))
+        network = checkpoint.load_subnet(
+            self.trained(name, "alone", str(self.work / f"{name}_cut"))
+        )
         (row,) = evaluate.evaluate(
             ViT(network.spec, network.widths),
             network.params,
@@ -112,6 +121,8 @@ class Bench:
 
     def _test_batches(self, spec):
         source = sources.open_source(self.test, num_classes=spec.num_classes)
+        if self.test_images:
+            source = sources.take(source, self.test_images)
         return data.eval_batches(source, spec, batch_size=500)
 
 
@@ -157,7 +168,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", required=True, help="npz of CIFAR-10 as JPEGs")
     parser.add_argument("--work", required=True, help="directory for the runs")
+    parser.add_argument(
+        "--start", default="", help="a pre-trained network, its directory"
+    )
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--test-images", type=int, default=0, help="0 for all")
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--alone", default="4/12,6/12,8/12")
     parser.add_argument("--out", help="directory for ablation.json and ablation.md")
@@ -168,8 +183,7 @@ def main() -> None:
     )
     found = []
     for seed in range(args.seeds):
-        bench = Bench(args.data, pathlib.Path(args.work), seed)
-        found.append(of_seed(bench, variants, alone))
+        found.append(of_seed(Bench(args, seed), variants, alone))
         print(table(found), flush=True)
     if args.out:
         out = pathlib.Path(args.out)

@@ -443,3 +443,20 @@ def test_the_twelve_lines_of_the_readme_run(files, monkeypatch):
     spec, widths = names["net"].spec, names["widths"]
     assert names["logits"].shape == (50, spec.num_classes)
     assert macs.macs(spec, widths) <= 0.75 * macs.macs(spec)
+
+
+def test_resuming_on_another_dataset_is_refused(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (16, 8, 8, 1)).astype(np.uint8)
+    file = tmp_path / "data.npz"
+    args = ["train", "--config=configs/scratch.py", f"--workdir={tmp_path}/run"]
+    args += [f"--config.data.source=npz:{file}", "--config.data.eval_source="]
+    args += ["--config.data.batch_size=8", "--config.epochs=0.5"]
+    args += ["--config.warmup_epochs=0.0"]
+    args += ["--config.model.depth=1", "--config.model.width=16"]
+    np.savez(file, images=images, labels=np.arange(16) % 10)
+    assert main.main(args) == 0
+    np.savez(file, images=images[::-1], labels=np.arange(16) % 10)
+    assert main.main([*args, "--resume"]) == 1
+    told = capsys.readouterr().err
+    assert "dataset" in told and told.count("16 images, ") == 2

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 from pictures import contents, encoded, numbered_arrays
 
-from flax_skd.io.sources import ArraySource, BadImageError, open_source, take
+from flax_skd.io.sources import (
+    ArraySource,
+    BadImageError,
+    fingerprint,
+    open_source,
+    take,
+)
 
 pil = pytest.importorskip("PIL.Image")
 
@@ -206,3 +212,37 @@ def test_the_measured_data_opens(text, labels, size):
     source = open_source(text, labels=labels, num_classes=1000)
     assert len(source) == size
     assert source[size - 1].image.mode == "RGB"
+
+
+# Fingerprints.
+
+
+def test_a_fingerprint_tells_data_apart_and_is_the_same_twice():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, 8, 8, 3)).astype(np.uint8)
+    labels = np.arange(40) % 3
+    source = ArraySource(images, labels, num_classes=3)
+    again = ArraySource(images.copy(), labels.copy(), num_classes=3)
+    others = [
+        ArraySource(images[:-1], labels[:-1], num_classes=3),
+        ArraySource(images[::-1], labels[::-1], num_classes=3),
+        ArraySource(images, (labels + 1) % 3, num_classes=3),
+        take(source, 40, seed=1),
+    ]
+    assert fingerprint(source) == fingerprint(again)
+    assert "40 images" in fingerprint(source)
+    found = {fingerprint(other) for other in others}
+    assert len(found) == 4 and fingerprint(source) not in found
+
+
+def test_a_fingerprint_survives_an_image_that_does_not_decode():
+    class Broken:
+        name, num_classes = "broken", 2
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            raise BadImageError("no image", f"image {index}")
+
+    assert fingerprint(Broken()).startswith("3 images")

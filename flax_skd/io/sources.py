@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import zlib
 
 import numpy as np
 
@@ -20,7 +21,15 @@ from flax_skd.io.examples import (
 )
 from flax_skd.io.extras import require
 
-__all__ = ["ArraySource", "BadImageError", "Example", "Source", "open_source", "take"]
+__all__ = [
+    "ArraySource",
+    "BadImageError",
+    "Example",
+    "Source",
+    "fingerprint",
+    "open_source",
+    "take",
+]
 
 _FORMS = """\
   digits, digits:train, digits:test   the 8x8 digits that come with scikit-learn
@@ -85,6 +94,23 @@ def take(source: Source, n: int, *, seed: int = 0) -> Source:
         )
     order = np.random.default_rng(seed).permutation(len(source))
     return _Selection(source, order[:n])
+
+
+def fingerprint(source: Source, *, examples: int = 8) -> str:
+    """A short text that another dataset, or the same in another order, does not have.
+
+    Read off the number of images and a few of them, evenly spread: pixels and labels.
+    """
+    crc = 0
+    for index in np.linspace(0, len(source) - 1, examples).round().astype(int):
+        try:
+            image, label, _ = source[int(index)]
+            pixels = np.asarray(image)
+            told = f"{pixels.shape} {label}".encode() + pixels.tobytes()
+        except BadImageError as error:
+            told = error.example.encode()
+        crc = zlib.crc32(told, crc)
+    return f"{len(source)} images, {crc:08x}"
 
 
 class _Selection:

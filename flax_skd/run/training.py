@@ -126,7 +126,7 @@ def train(config: Any, *, workdir: str, overwrite: bool, resume: bool) -> str:
         loss=program.loss,
         optimizer=optimizer,
         steps=steps,
-        config=_what_decides(config, images=len(source)),
+        config=_what_decides(config, sources.fingerprint(source)),
         mesh=mesh,
         workdir=workdir,
         overwrite=overwrite,
@@ -150,10 +150,10 @@ def train(config: Any, *, workdir: str, overwrite: bool, resume: bool) -> str:
     return f"wrote {target}: {steps} steps, {found or 'not evaluated'}"
 
 
-def _what_decides(config: Any, *, images: int) -> dict[str, Any]:
+def _what_decides(config: Any, dataset: str) -> dict[str, Any]:
     """What a resumed run must share: all but the mesh, which may be another one."""
     fields = {name: value for name, value in config.to_dict().items() if name != "mesh"}
-    return {**fields, "images": images}
+    return {**fields, "dataset": dataset}
 
 
 def _evaluator(
