@@ -1,6 +1,5 @@
 """What each subcommand does, from a config to files: load, compute, save, report."""
 
-import logging
 import pathlib
 from typing import Any
 
@@ -16,7 +15,6 @@ from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
 from flax_skd.run import feed, sharding
 
-_LOG = logging.getLogger(__name__)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 

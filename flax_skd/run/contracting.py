@@ -4,7 +4,6 @@ A recipe says what is done to a network: the axes its heads turn to, the order o
 hidden units, what repairs a cut, and which list of sub-networks it has.
 """
 
-import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -31,8 +30,6 @@ from flax_skd.method.contraction import Criterion
 from flax_skd.method.statistics import Statistics
 from flax_skd.method.vit import ViT
 from flax_skd.run import commands, feed, lists, sharding
-
-_LOG = logging.getLogger(__name__)
 
 
 class Recipe(NamedTuple):
