@@ -63,6 +63,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.list.levels = 32  # of a uniform list
     config.list.share = 0.75  # of all MACs, saved by the last level of the others
     config.list.images = 64  # of the calibration images, measured again and again
+    config.list.stages = 8  # of importance, each measured at the smallest level so far
     config.list.sensitivity = "cross_entropy"  # of importance: accuracy | kl
     config.list.cuts = 0.25  # loss: share of the candidates that a round cuts
     config.list.attn = 8  # loss: groups of head dims

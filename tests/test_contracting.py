@@ -113,7 +113,13 @@ def test_extraction_gives_the_repaired_weights_without_data(balanced, batch):
 @pytest.mark.parametrize("kind", ["importance", "loss"])
 def test_a_list_is_measured_on_the_network_and_reaches_its_share(files, kind):
     network, _ = contracted(
-        files, kind, list__kind=kind, list__share=0.5, list__attn=4, list__mlp=4
+        files,
+        kind,
+        list__kind=kind,
+        list__share=0.5,
+        list__attn=4,
+        list__mlp=4,
+        list__stages=2,
     )
     spec, levels = network.spec, network.dropout_list
     last = levels.widths(int(levels.levels), spec)

@@ -243,6 +243,7 @@ def _list_of(network: SuperNet, options: Any, config: Any) -> piad.DropoutList:
             params,
             batches,
             repairs=repairs,
+            stages=options.stages,
             share=options.share,
             cost=costs.cost_named(config.cost, spec.num_classes),
             sensitivity=importance.sensitivity_named(
