@@ -80,11 +80,17 @@ def by_importance(
     params: Params,
     batches: Iterable[dict[str, Any]],
     *,
+    repairs: Compensation | None = None,
     stages: int = 8,
+    share: float = 0.875,
     groups: growth.Groups = growth.PAPER_GROUPS,
-    **options: Any,
+    cost: costs.Cost = costs.correct_logit,
+    sensitivity: importance.Sensitivity = importance.cross_entropy,
 ) -> DropoutList:
-    """The paper's list without its training: all stages of growth on one network."""
+    """The paper's list without its training: all stages of growth on one network.
+
+    Args: as of `grown`.
+    """
     dropout_list = growth.start(model.spec, groups)
     for stage in range(stages):
         dropout_list = grown(
@@ -94,8 +100,11 @@ def by_importance(
             model=model,
             params=params,
             batches=batches,
+            repairs=repairs,
+            share=share,
             groups=groups,
-            **options,
+            cost=cost,
+            sensitivity=sensitivity,
         )
     return dropout_list
 
