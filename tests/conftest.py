@@ -8,6 +8,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import functools
 import pathlib
 import tempfile
 
@@ -17,6 +18,7 @@ import pytest
 
 from flax_skd.method import vit
 from flax_skd.method.spec import ViTSpec
+from flax_skd.run import sharding
 
 CACHE = pathlib.Path(tempfile.gettempdir()) / "flax_skd_jax_cache"
 
@@ -70,3 +72,12 @@ def batch(spec):
         "label": rng.integers(0, spec.num_classes, 12).astype(np.int32),
         "weight": np.ones(12, np.float32),
     }
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """The program as on a user's machine; test_sharding has the eight devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        one = functools.partial(sharding.mesh, devices=jax.devices()[:1])
+        patch.setattr(sharding, "mesh", one)
+        yield

@@ -1,8 +1,5 @@
 """Recipes of contraction: the same function, repaired cuts, and lists measured on it."""
 
-import functools
-
-import jax
 import numpy as np
 import pytest
 
@@ -11,18 +8,13 @@ from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import compensation, macs, packing, piad, subnet
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
-from flax_skd.run import commands, config_files, contracting, sharding
+from flax_skd.run import commands, config_files, contracting
 
 pytest.importorskip("orbax.checkpoint")
 WIDTHS = SubnetSpec((9, 0, 3), (6, 0, 12), (40, 13, 0))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        one = functools.partial(sharding.mesh, devices=jax.devices()[:1])
-        patch.setattr(sharding, "mesh", one)
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

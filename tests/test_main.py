@@ -1,7 +1,6 @@
 """The program as a user runs it, from files to files, on a tiny network."""
 
 import contextlib
-import functools
 import io
 import json
 import os
@@ -26,7 +25,6 @@ from flax_skd.run import (
     evaluate,
     main,
     programs,
-    sharding,
     training,
 )
 
@@ -34,13 +32,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 IMAGES = 40
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """The program as on a user's machine; test_sharding has the eight devices."""
-    with pytest.MonkeyPatch.context() as patch:
-        one = functools.partial(sharding.mesh, devices=jax.devices()[:1])
-        patch.setattr(sharding, "mesh", one)
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
