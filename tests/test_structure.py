@@ -59,6 +59,7 @@ FLOORS = {
             *("run.main", "run.commands", "run.demo", "run.training"),
             *("run.config_files", "run.feed", "run.programs", "run.sweeping"),
             "run.contracting",
+            "run.subcommands",
         ],
         6,
     ),

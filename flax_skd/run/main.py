@@ -4,144 +4,14 @@ import logging
 import pathlib
 import re
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 from absl import flags
 from absl import logging as absl_logging
 
 from flax_skd.io.extras import require
-from flax_skd.method import macs
-from flax_skd.run import (
-    commands,
-    config_files,
-    contracting,
-    demo,
-    distributed,
-    sweeping,
-    training,
-)
-
-
-class Command(NamedTuple):
-    """One subcommand.
-
-    Attributes:
-      summary: one line.
-      example: arguments that make sense.
-      config: the config file it reads unless told otherwise, or none.
-      flags: names of `FLAGS` it takes.
-      run: function of the parsed flags -> what to print.
-    """
-
-    summary: str
-    example: str
-    config: str
-    flags: tuple[str, ...]
-    run: Callable[[Any], str]
-
-
-FLAGS = {  # name: (kind, default, help)
-    "workdir": ("string", None, "directory to work in (see the summary)"),
-    "out": ("string", "", "directory to write"),
-    "overwrite": ("boolean", False, "replace what an earlier run left"),
-    "resume": ("boolean", False, "go on where an earlier run stopped"),
-    "budget": ("float", None, "share of the full network's MACs (full count), 0 to 1"),
-    "macs": ("float", None, "most multiply-accumulates an image (full count)"),
-    "params": ("float", None, "most parameters"),
-    "fast": ("boolean", False, "a shorter training, under a minute in all"),
-    "seed": ("integer", 0, "of the trainings"),
-    "coordinator": ("string", None, "HOST:PORT of the first of several processes"),
-    "processes": ("integer", None, "how many processes (a TPU pod needs no flag)"),
-    "process": ("integer", None, "which of them this is, from 0"),
-    "distributed": ("boolean", False, "find the processes by Slurm or Open MPI"),
-}
-HOSTS = ("coordinator", "processes", "process", "distributed")
-
-
-def _extract(f: Any) -> str:
-    given = {
-        k: v for k in ("budget", "macs", "params") if (v := f[k].value) is not None
-    }
-    if len(given) != 1:
-        raise ValueError(
-            "give exactly one of --budget (share of the MACs), --macs and --params; "
-            f"got {sorted(given) or 'none'}."
-        )
-    ((kind, limit),) = given.items()
-    if (kind == "budget") != (limit <= 1):
-        raise ValueError(
-            f"--{kind}={limit:g}: --budget is a share, above 0 and at most 1; --macs and "
-            "--params are counts."
-        )
-    cost = macs.param_count if kind == "params" else macs.macs
-    return commands.extract(
-        workdir=f.workdir, out=f.out, overwrite=f.overwrite, cost=cost, limit=limit
-    )
-
-
-COMMANDS = {
-    "demo": Command(
-        "train, contract, sweep and extract a small ViT on handwritten digits",
-        "[--fast]",
-        "",
-        ("out", "overwrite", "fast", "seed"),
-        lambda f: demo.run(
-            f.out or "flax_skd_demo", overwrite=f.overwrite, fast=f.fast, seed=f.seed
-        ),
-    ),
-    "convert": Command(
-        "read a checkpoint of another library into --workdir (or write timm's "
-        "format, if that ends in .safetensors)",
-        "--config.model.path=FILE --config.model.variant=Ti/16 "
-        "--config.model.recipe=augreg --workdir=DIR",
-        "convert.py",
-        ("workdir", "overwrite"),
-        lambda f: commands.convert(f.config, workdir=f.workdir, overwrite=f.overwrite),
-    ),
-    "contract": Command(
-        "turn a pre-trained ViT into a super-network in --workdir",
-        "--config=configs/wpac.py:Ti/16 --config.model.path=FILE "
-        "--config.model.recipe=augreg --config.data.source=tar:IMAGES.tar --workdir=DIR",
-        "wpac.py",
-        ("workdir", "overwrite", *HOSTS),
-        lambda f: contracting.contract(
-            f.config, workdir=f.workdir, overwrite=f.overwrite
-        ),
-    ),
-    "train": Command(
-        "train a ViT from scratch; checkpoints, log and the network go to --workdir",
-        "--config=configs/scratch.py --workdir=DIR",
-        "scratch.py",
-        ("workdir", "overwrite", "resume", *HOSTS),
-        lambda f: training.train(
-            f.config, workdir=f.workdir, overwrite=f.overwrite, resume=f.resume
-        ),
-    ),
-    "sweep": Command(
-        "accuracy of sub-networks of the super-network in --workdir: table and figure",
-        "--workdir=DIR --config.data.source=tar:IMAGES.tar",
-        "sweep.py",
-        ("workdir", "out", "overwrite", "resume", *HOSTS),
-        lambda f: sweeping.sweep(
-            f.config,
-            workdir=f.workdir,
-            out=f.out,
-            overwrite=f.overwrite,
-            resume=f.resume,
-        ),
-    ),
-    "extract": Command(
-        "cut the largest sub-network within a budget out of the super-network in "
-        "--workdir and write it to --out",
-        "--workdir=DIR --out=SMALL --budget=0.5",
-        "",
-        ("workdir", "out", "overwrite", "budget", "macs", "params"),
-        _extract,
-    ),
-}
-REQUIRED = {"extract": ("workdir", "out"), "demo": ()}
+from flax_skd.run import config_files, distributed
+from flax_skd.run.subcommands import COMMANDS, FLAGS, REQUIRED
 
 
 def overview() -> str:
