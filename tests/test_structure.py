@@ -40,7 +40,7 @@ FLOORS = {
         [
             *("method.contraction", "method.importance", "method.piad"),
             *("method.growth", "method.allocation", "method.packing"),
-            "method.balance",
+            *("method.balance", "method.recalibration"),
         ],
         3,
     ),
@@ -59,7 +59,7 @@ FLOORS = {
             *("run.main", "run.commands", "run.demo", "run.training"),
             *("run.config_files", "run.feed", "run.programs", "run.sweeping"),
             "run.contracting",
-            "run.subcommands",
+            *("run.subcommands", "run.recalibrating"),
         ],
         6,
     ),

@@ -159,10 +159,10 @@ def _zeros(spec: ViTSpec, weightings: tuple[str, ...], moments: tuple[str, ...])
     return sums, tuple(second_moments.zeros(spec, moments) for _ in blocks)
 
 
-def pilot_means(model: ViT, params: Params, batch: dict[str, Array]):
+def pilot_means(model: ViT, params: Params, batch: dict[str, Array], masks=None):
     """Mean of every feature over one batch, the point the sums are taken about.
 
-    One dict a block, site -> [H, d] float32; of the head outputs `mixed` too.
+    One dict a block, site -> [H, d] float32; of `mixed` too. `masks` as in `collect`.
     """
     live = batch["weight"]
     found = [{} for _ in range(model.spec.depth)]
@@ -176,7 +176,7 @@ def pilot_means(model: ViT, params: Params, batch: dict[str, Array]):
         found[block][name] = f.sum((0, 2)) / count
         return feature
 
-    model.apply({"params": params}, batch["image"], taps=tap)
+    model.apply({"params": params}, batch["image"], masks, tap)
     return tuple(found)
 
 
@@ -200,16 +200,15 @@ def batch_sums(
       pilot: of `pilot_means`.
       cost: function (logits, labels) -> [B], such as those of `losses.COSTS`.
       weightings: which second moments of heads to collect.
-      moments: weightings of `second_moments` to collect, in full networks; with
+      moments: weightings of `second_moments` to collect; with
         `second_moments.ATTENDED` attended keys too, about the cost of attention again.
-      masks: of a sub-network (`subnet.masks`), whose sums are then taken; no moments.
+      masks: of a sub-network (`subnet.masks`), whose sums are then taken: of all units,
+        those that are cut too, on the stream that the cut leaves.
 
     Returns:
       One dict a block, site -> `FeatureSums`. With `moments`, a pair: those, and one
       dict a block, weighting -> `second_moments.BlockMoments`.
     """
-    if moments and masks:
-        raise ValueError("second moments are of the full network: leave out masks.")
     zeros = _zeros(model.spec, weightings, moments)
     both = _both_sums(model, params, batch, pilot, cost, moments, masks, zeros)
     return both if moments else both[0]
@@ -242,13 +241,14 @@ def collect(
     cost: costs.Cost = costs.correct_logit,
     weightings: tuple[str, ...] = ("taylor",),
     moments: tuple[str, ...] = (),
+    masks: tuple[BlockMasks, ...] | None = None,
 ) -> Statistics:
     """Sums over all batches, in one jitted pass.
 
     The result does not depend on batch size or number of devices, but for rounding.
 
     Args:
-      model, params, cost, weightings, moments: as in `batch_sums`.
+      model, params, cost, weightings, moments, masks: as in `batch_sums`.
       batches: dicts of arrays, all of one shape; global arrays if there is a mesh.
 
     Raises:
@@ -259,9 +259,10 @@ def collect(
     total = pilot = None
     for batch in batches:
         if total is None:
-            pilot = jax.jit(functools.partial(pilot_means, model))(params, batch)
+            means = jax.jit(functools.partial(pilot_means, model))
+            pilot = means(params, batch, masks)
             total = (jnp.zeros(()), _zeros(model.spec, weightings, moments))
-        total = add_batch(total, params, batch, pilot)
+        total = add_batch(total, params, batch, pilot, masks)
     if total is None:
         raise ValueError("no calibration images: the source of batches is empty.")
     statistics = Statistics(total[0], model.spec.num_tokens, pilot, *total[1])
@@ -269,10 +270,10 @@ def collect(
     return statistics
 
 
-def _add_batch(model, total, params, batch, pilot, *, cost, moments):
+def _add_batch(model, total, params, batch, pilot, masks, *, cost, moments):
     images, sums = total
     # No cotangent depends on the accumulators: the totals stand in for zeros.
-    fresh = _both_sums(model, params, batch, pilot, cost, moments, None, sums)
+    fresh = _both_sums(model, params, batch, pilot, cost, moments, masks, sums)
     return images + batch["weight"].sum(), jax.tree.map(jnp.add, sums, fresh)
 
 

@@ -99,9 +99,10 @@ class _Heads(nn.Module):
 
         q = times(project("query", self.qk_dim), masks.qk)
         k = project("key", self.qk_dim)
-        v = times(project("value", self.vo_dim), masks.vo)
+        v = project("value", self.vo_dim)
         # The scale is the full head's: a cut head is a part of it, not another head.
         z = tap("mixed", self.attention(q, k, v, spec.head_dim**-0.5))
+        z = times(z, masks.vo)  # what is cut of values is cut of what attention mixes
         shape = (spec.num_heads, self.vo_dim, spec.width)
         return Linear("bhne,hed->bnd", shape, dtype=self.dtype, name="out")(z)
 
@@ -167,8 +168,9 @@ class ViT(nn.Module):
             compilation serves every sub-network.
           taps: function (block, name, feature) -> feature, called on `query`, `key`,
             `value` [B, H, N, d] and `hidden` [B, N, M] before their masks, on the
-            head outputs `mixed` [B, H, N, d], and on what a branch adds to the stream,
-            `attn_out`, `mlp_out` [B, N, D], after LayerScale and before the gate.
+            head outputs `mixed` [B, H, N, d], also before their mask, on what a branch
+            adds to the stream, `attn_out`, `mlp_out` [B, N, D], after LayerScale and
+            before the gate, and, as block L, on what `head` and `head_dist` read [B, D].
 
         Raises:
           ValueError: if the images are not of the spec's size.
@@ -190,7 +192,7 @@ class ViT(nn.Module):
             )
             args = (masks[i] if masks else None,)
             x = block(x, *args) if taps is None else block(x, *args, taps)
-        return self._head(x)
+        return self._head(x, taps or (lambda block, name, feature: feature))
 
     def _embed(self, images: Array) -> Array:
         spec, g, p = self.spec, self.spec.grid, self.spec.patch_size
@@ -231,7 +233,7 @@ class ViT(nn.Module):
             for t in tokens
         ]
 
-    def _head(self, x: Array) -> Array:
+    def _head(self, x: Array, taps: Taps) -> Array:
         spec = self.spec
         if not spec.fc_norm:
             x = layer_norm("norm", x, spec.norm_eps)
@@ -253,7 +255,7 @@ class ViT(nn.Module):
                     (p.shape[-1], spec.num_classes),
                     kernel_init=nn.initializers.zeros,
                     name=name,
-                )(p)
+                )(taps(spec.depth, name, p))
                 for p, name in zip(pooled, ("head", "head_dist"))
             ]
         return sum(pooled) / len(pooled)

@@ -1,0 +1,292 @@
+"""Seconds of any sub-network from a few measured ones: an additive model of the widths.
+
+As MACs are (`macs`), time is taken as a sum over branches: a part that is there
+whatever is cut (softmax, LayerNorm, the residual), and a part for every kept dim. All
+blocks are alike. What does not add up (caches, odd widths) is the error of the model,
+which whoever measures has to state.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flax_skd.method import piad
+from flax_skd.method.piad import DropoutList
+from flax_skd.method.spec import SubnetSpec, ViTSpec
+
+# Fields of a spec that say which pixels come in, and change no time.
+_UNTIMED = ("mean", "std", "crop_fraction", "interpolation", "norm_eps")
+# The least that all dims of a kind may take together, as a share of the time.
+_LEAST = 1e-3
+
+
+class Latency(NamedTuple):
+    """Seconds of one batch, as the sum of these.
+
+    Attributes:
+      fixed: embedding, head and whatever else is always there.
+      attn, mlp: of a branch that is there, whatever its width.
+      qk, vo: of one kept dim of queries and keys, or of values and out, in every head
+        of one block.
+      unit: of one hidden unit of one block.
+    """
+
+    fixed: float
+    attn: float
+    qk: float
+    vo: float
+    mlp: float
+    unit: float
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Latency":
+        """The inverse of `_asdict`.
+
+        Raises:
+          ValueError: if a coefficient is missing, surplus, negative or no number.
+        """
+        fine = isinstance(fields, Mapping) and sorted(fields) == sorted(cls._fields)
+        if not fine or not all(
+            isinstance(x, int | float) and 0 <= x < float("inf")
+            for x in fields.values()
+        ):
+            raise ValueError(
+                f"a latency has the coefficients {list(cls._fields)}, none negative; "
+                f"got {fields!r:.200}."
+            )
+        return cls(**{name: float(fields[name]) for name in cls._fields})
+
+
+class Predicted(NamedTuple):
+    """A `Latency` of one network as a cost: (spec, widths) -> nanoseconds.
+
+    `piad.level_for` and `allocation.allocate` take it as they take `macs.macs`.
+
+    Attributes:
+      latency: the coefficients.
+      spec: the full network they were measured on.
+      batch_size: images of one batch.
+    """
+
+    latency: Latency
+    spec: ViTSpec
+    batch_size: int
+
+    def __call__(self, spec: ViTSpec, widths: SubnetSpec) -> float:
+        """Nanoseconds of one batch.
+
+        Raises:
+          ValueError: if the spec is another network's.
+        """
+        check_same_speed(self.spec, spec)
+        return 1e9 * seconds(self.latency, widths)
+
+
+def features(widths: SubnetSpec) -> np.ndarray:
+    """What every coefficient of `Latency` is multiplied by, float64 [6]."""
+    qk, vo, mlp = (np.asarray(field, np.float64) for field in widths)
+    counts = (vo > 0).sum(), qk.sum(), vo.sum(), (mlp > 0).sum(), mlp.sum()
+    return np.array([1.0, *counts])
+
+
+def seconds(latency: Latency, widths: SubnetSpec) -> float:
+    """c0 + sum over blocks of [attn + qk w_qk + vo w_vo] + [mlp + unit w_mlp].
+
+    Args:
+      latency: the coefficients.
+      widths: tuples of ints; a branch of width 0 takes no time at all.
+    """
+    return float(features(widths) @ np.array(latency))
+
+
+def fit(networks: Sequence[SubnetSpec], times: Sequence[float]) -> Latency:
+    """Non-negative least squares of the relative errors.
+
+    With six coefficients all sets of those that are not zero can be tried: the best
+    answer is the least squares of its own set. The coefficients of a dim stay above
+    a thousandth of the time over all dims of the kind, so that every cut saves something
+    and a list can be made by latency.
+
+    Args:
+      networks: widths that were measured; `design` makes a set that tells all
+        coefficients apart.
+      times: seconds of each.
+
+    Raises:
+      ValueError: if a time is not positive, or the networks leave a coefficient open.
+    """
+    rows, taken = np.stack([features(w) for w in networks]), np.asarray(times, float)
+    if taken.shape != rows.shape[:1] or not (np.isfinite(taken) & (taken > 0)).all():
+        raise ValueError(f"times {times!r:.200}: one positive number a network.")
+    rows = rows / taken[:, None]  # relative errors: the wanted value is 1
+    size = rows.max(0)
+    if not size.all() or np.linalg.matrix_rank(rows / size) < rows.shape[1]:
+        raise ValueError(
+            f"{len(networks)} networks do not tell {', '.join(Latency._fields)} apart: "
+            "measure each width cut alone, and removed branches (latency.design)."
+        )
+    rows = rows / size
+    least = _LEAST * np.array(
+        [name in ("qk", "vo", "unit") for name in Latency._fields]
+    )
+    found = least + _non_negative(rows, 1 - rows @ least)
+    return Latency(*map(float, found / size))
+
+
+def _non_negative(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The x >= 0 with the least |rows x - wanted|."""
+    count = rows.shape[1]
+    best, answer = float(wanted @ wanted), np.zeros(count)
+    for chosen in itertools.product((False, True), repeat=count):
+        if not any(chosen):
+            continue
+        x = np.zeros(count)
+        x[list(chosen)] = np.linalg.lstsq(rows[:, chosen], wanted, rcond=None)[0]
+        error = rows @ x - wanted
+        if x.min() >= 0 and error @ error < best:
+            best, answer = float(error @ error), x
+    return answer
+
+
+def design(
+    spec: ViTSpec, *, shares: Sequence[float], attn_lane: int = 1, mlp_lane: int = 1
+) -> dict[str, SubnetSpec]:
+    """Sub-networks to measure: every width cut alone and together, branches removed.
+
+    Args:
+      spec: the full network.
+      shares: of the dims kept, each in (0, 1).
+      attn_lane, mlp_lane: sizes are rounded up to multiples.
+
+    Returns:
+      Name -> widths; the first is the full network.
+    """
+    full = SubnetSpec.full(spec)
+    kinds = {
+        "qk": ("qk_dim",),
+        "vo": ("vo_dim",),
+        "heads": ("qk_dim", "vo_dim"),
+        "mlp": ("mlp_dim",),
+        "all": SubnetSpec._fields,
+    }
+    found = {"full": full}
+    for share, (kind, fields) in itertools.product(shares, kinds.items()):
+        if not 0 < share < 1:
+            raise ValueError(f"a share of {share:g} must lie between 0 and 1.")
+        lanes = dict(zip(full._fields, (attn_lane, attn_lane, mlp_lane)))
+        cut = {
+            f: (_up(share * getattr(full, f)[0], getattr(full, f)[0], lanes[f]),)
+            * spec.depth
+            for f in fields
+        }
+        found[f"{kind} {share:g}"] = full._replace(**cut)
+    for name in ("heads", "mlp", "all"):
+        gone = {
+            f: tuple(w * (i % 2) for i, w in enumerate(getattr(full, f)))
+            for f in kinds[name]
+        }
+        found[f"{name} in every other block"] = full._replace(**gone)
+    return {name: widths.check(spec) for name, widths in found.items()}
+
+
+def stairs(spec: ViTSpec, *, above_half: Sequence[int]) -> dict[str, SubnetSpec]:
+    """Sub-networks a few dims apart, which show what widths the hardware likes.
+
+    Args:
+      spec: the full network.
+      above_half: dims more than half the branch, such as 0, 1, 2, 4, 8.
+
+    Returns:
+      `heads W` and `mlp W` -> that width in every block, the other branch full.
+    """
+    full, found = SubnetSpec.full(spec), {}
+    for name, fields in (("heads", ("qk_dim", "vo_dim")), ("mlp", ("mlp_dim",))):
+        size = getattr(full, fields[0])[0]
+        for width in sorted({min(size, size // 2 + more) for more in above_half}):
+            cut = dict.fromkeys(fields, (width,) * spec.depth)
+            found[f"{name} {width}"] = full._replace(**cut).check(spec)
+    return found
+
+
+def in_lanes(
+    dropout_list: DropoutList, spec: ViTSpec, *, attn_lane: int = 1, mlp_lane: int = 1
+) -> DropoutList:
+    """The list with every width rounded up to what the hardware likes.
+
+    Rounding keeps more dims and the order of levels: still nested, never less accurate
+    by design, and no slower where a width just above a multiple costs the next one.
+
+    Args:
+      dropout_list: its levels stay as many.
+      spec: the full network; no width goes beyond it, and 0 stays 0.
+      attn_lane, mlp_lane: multiples, at least 1.
+
+    Raises:
+      ValueError: if a lane is not positive.
+    """
+    if min(attn_lane, mlp_lane) < 1:
+        raise ValueError(f"lanes {attn_lane} and {mlp_lane} must be at least 1.")
+    full = SubnetSpec.full(spec)
+    lanes = (attn_lane, attn_lane, mlp_lane)
+    rows = [
+        SubnetSpec(
+            *(
+                tuple(_up(w, size[0], lane) for w in field)
+                for field, size, lane in zip(widths, full, lanes)
+            )
+        )
+        for level in range(int(dropout_list.levels) + 1)
+        for widths in [dropout_list.widths(level, spec)]
+    ]
+    return piad.from_rows(rows, spec, max_levels=len(dropout_list.qk_dim) - 1)
+
+
+def level_for(dropout_list: DropoutList, limit: float, *, cost: Predicted) -> int:
+    """The largest sub-network of a list whose batch takes at most `limit` seconds.
+
+    Args:
+      dropout_list: the levels to choose from.
+      limit: seconds of one batch.
+      cost: what levels take.
+
+    Raises:
+      ValueError: if no level is that fast; says what the smallest takes.
+    """
+    last = dropout_list.widths(int(dropout_list.levels), cost.spec)
+    fastest = seconds(cost.latency, last)
+    if not fastest <= limit:  # nan too
+        raise ValueError(
+            f"no level takes {readable(limit, cost.batch_size)}: the smallest "
+            f"sub-network (level {int(dropout_list.levels)}) takes "
+            f"{readable(fastest, cost.batch_size)}. Ask for at least that, or make a "
+            "list that goes further down."
+        )
+    return piad.level_for(dropout_list, cost.spec, 1e9 * limit, cost=cost)
+
+
+def readable(time: float, batch_size: int) -> str:
+    """A time for a message: `8.2 ms for a batch of 32 (3,902 images/s)`."""
+    rate = f"{batch_size / time:,.4g} images/s" if time > 0 else "no time"
+    return f"{1e3 * time:.4g} ms for a batch of {batch_size} ({rate})"
+
+
+def check_same_speed(profiled: ViTSpec, spec: ViTSpec) -> None:
+    """Raises ValueError, naming the fields, unless two networks take the same time."""
+    one, other = profiled.to_dict(), spec.to_dict()
+    wrong = [
+        f"{name} = {one[name]!r}, not {other[name]!r}"
+        for name in one
+        if name not in _UNTIMED and one[name] != other[name]
+    ]
+    if wrong:
+        raise ValueError(
+            f"the profile is of a network with {'; '.join(wrong)}: run flax-skd profile "
+            "on this super-network."
+        )
+
+
+def _up(width: float, size: int, lane: int) -> int:
+    """The next multiple of `lane`, at most `size`; 0 stays 0."""
+    return min(size, int(np.ceil(np.round(width / lane, 9))) * lane)

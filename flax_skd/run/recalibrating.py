@@ -1,0 +1,173 @@
+"""Recalibration: one size fitted to images by closed forms, never worse than before."""
+
+import functools
+import logging
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_skd.io.checkpoint import SuperNet
+from flax_skd.method import compensation, costs, moments, recalibration, subnet
+from flax_skd.method.spec import SubnetSpec
+from flax_skd.method.statistics import collect
+from flax_skd.method.vit import Array, Params, ViT
+
+_LOG = logging.getLogger(__name__)
+Batches = Iterable[dict[str, Any]]
+
+
+class Recalibrated(NamedTuple):
+    """One size, fitted.
+
+    Attributes:
+      params: full-shaped; `subnet.extract` cuts them.
+      kl: to the full network on the images held out, by what was tried, in the order
+        tried; "stored" is the network as it was.
+      chosen: the key of the least.
+    """
+
+    params: Params
+    kl: dict[str, float]
+    chosen: str
+
+
+def recalibrated(
+    network: SuperNet,
+    widths: SubnetSpec,
+    batches: Batches,
+    held_out: Batches,
+    *,
+    cost: costs.Cost = costs.top_log_probability,
+    tokens: str = "gradient",
+    ridge: float = moments.RIDGE,
+    rounds: int = 2,
+    dtype: Any = jnp.float32,
+) -> Recalibrated:
+    """Fits the repairs of one cut to the cut network's own statistics, then its head.
+
+    Every round takes the statistics of the network as the round before left it. The
+    best of all rounds, with and without the head corrected, by the divergence from the
+    full network on images that no fit has seen, is returned; the network as it was is
+    one of the candidates.
+
+    Args:
+      network: with a compensation.
+      widths: of the size wanted.
+      batches: images to fit to, read `rounds` times and again for the features.
+      held_out: other images, to choose by.
+      cost: of the statistics; the default needs no labels.
+      tokens, ridge: as of the network's own moments.
+      rounds: 0 corrects the head alone.
+      dtype: of the forward and backward pass.
+
+    Raises:
+      ValueError: if the network has no compensation, or there are no images.
+    """
+    if network.compensation is None:
+        raise ValueError(
+            "the super-network has no compensation to fit: contract it with "
+            "--config.compensation=least_squares (configs/balanced.py)."
+        )
+    spec = network.spec
+    model = ViT(spec, dtype=dtype)
+    traced = SubnetSpec(*(np.array(field, np.int32) for field in widths))
+    masks = subnet.masks(spec, traced)
+    repaired = jax.jit(compensation.repaired, static_argnums=1)
+    repairs = network.compensation
+    found = {"stored": repaired(network.params, spec, repairs, traced)}
+    for number in range(1, rounds + 1):
+        last = [*found.values()][-1]
+        own = collect(
+            model,
+            last,
+            batches,
+            cost=cost,
+            weightings=(),
+            moments=(tokens,),
+            masks=masks,
+        )
+        repairs = recalibration.own_compensation(
+            jax.device_get(own),
+            spec,
+            network.compensation,
+            widths,
+            tokens=tokens,
+            ridge=ridge,
+        )
+        found[f"round {number}"] = repaired(network.params, spec, repairs, traced)
+    if spec.num_classes:
+        for name, params in list(found.items()):
+            found[f"{name}, head"] = _head_corrected(
+                model, network.params, params, masks, batches
+            )
+    kl = {
+        name: _divergence(model, network.params, params, masks, held_out)
+        for name, params in found.items()
+    }
+    chosen = min(kl, key=kl.get)
+    told = ", ".join(f"{name} {value:.4f}" for name, value in kl.items())
+    _LOG.info("recalibration, KL on images held out: %s; chosen: %s", told, chosen)
+    return Recalibrated(jax.device_get(found[chosen]), kl, chosen)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _head_features(model: ViT, params: Params, images: Array, masks: Any):
+    found = {}
+
+    def tap(block, name, feature):
+        if name in recalibration.HEADS and block == model.spec.depth:
+            found[name] = feature
+        return feature
+
+    model.apply({"params": params}, images, masks, tap)
+    return found
+
+
+def _features(model: ViT, params: Params, masks: Any, batches: Batches):
+    """What each head reads of every image that is no padding."""
+    found: dict[str, list] = {}
+    for batch in batches:
+        live = np.asarray(batch["weight"]) > 0
+        seen = _head_features(model, params, batch["image"], masks)
+        for name, feature in seen.items():
+            found.setdefault(name, []).append(np.asarray(feature)[live])
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def _head_corrected(
+    model: ViT, full: Params, params: Params, masks: Any, batches: Batches
+) -> Params:
+    cut, whole = (
+        _features(model, *network, batches)
+        for network in ((params, masks), (full, None))
+    )
+    return recalibration.with_head(
+        params,
+        {
+            name: recalibration.correction(cut[name], whole[name], full[name]["kernel"])
+            for name in cut
+        },
+    )
+
+
+def _divergence(
+    model: ViT, full: Params, params: Params, masks: Any, batches: Batches
+) -> float:
+    total = images = 0.0
+    for batch in batches:
+        total += float(_kl_sum(model, full, params, masks, batch))
+        images += float(np.asarray(batch["weight"]).sum())
+    if not images:
+        raise ValueError("no images to choose by: hold some out.")
+    return total / images
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _kl_sum(model, full, params, masks, batch):
+    log_full = jax.nn.log_softmax(model.apply({"params": full}, batch["image"]))
+    logits = model.apply({"params": params}, batch["image"], masks)
+    kl = (jnp.exp(log_full) * (log_full - jax.nn.log_softmax(logits))).sum(-1)
+    return (kl * batch["weight"]).sum()

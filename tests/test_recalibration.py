@@ -1,0 +1,204 @@
+"""Recalibration: own statistics of a cut network, and a head led back to the full one."""
+
+import jax
+import numpy as np
+import pytest
+
+from flax_skd.io.checkpoint import SuperNet
+from flax_skd.method import compensation, piad, recalibration, statistics, subnet
+from flax_skd.method.spec import SubnetSpec
+from flax_skd.method.vit import ViT
+from flax_skd.run import recalibrating
+
+WIDTHS = SubnetSpec((6, 0, 3), (6, 0, 9), (30, 13, 0))
+
+
+def batches_of(spec, count, seed):
+    rng = np.random.default_rng(seed)
+    shape = (8, spec.image_size, spec.image_size, 3)
+    return [
+        {
+            "image": rng.integers(0, 256, shape).astype(np.uint8),
+            "label": np.zeros(8, np.int32),
+            "weight": np.array([1.0] * 7 + [0.0], np.float32),
+        }
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def network(spec, params):
+    """The tiny network with a compensation of its own units."""
+    stats = statistics.collect(
+        ViT(spec), params, batches_of(spec, 4, 0), weightings=(), moments=("plain",)
+    )
+    full = SubnetSpec.full(spec)
+    zeros = compensation.from_moments(
+        [(np.zeros(spec.num_heads * spec.head_dim), None)] * spec.depth,
+        [(np.zeros(spec.mlp_dim), None)] * spec.depth,
+        spec,
+    )
+    repairs = recalibration.own_compensation(stats, spec, zeros, full, tokens="plain")
+    return SuperNet(params, spec, piad.from_rows([full], spec), {}, repairs)
+
+
+def _inner_units(spec, params, widths, images):
+    """(block, branch) -> its inner units [n, units] before their mask, under a cut."""
+    found = {}
+
+    def tap(block, name, feature):
+        units = np.asarray(feature, np.float64)
+        if name == "mixed":
+            units = units.swapaxes(1, 2)
+        if name in ("mixed", "hidden"):
+            branch = "attn" if name == "mixed" else "mlp"
+            found[block, branch] = units.reshape(len(images) * spec.num_tokens, -1)
+        return feature
+
+    masks = subnet.masks(spec, widths)
+    ViT(spec).apply({"params": params}, images, masks, tap)
+    return found
+
+
+def test_moments_under_a_cut_are_those_of_all_units_on_the_stream_it_leaves(
+    spec, params
+):
+    batches = batches_of(spec, 2, 1)
+    stats = statistics.collect(
+        ViT(spec),
+        params,
+        batches,
+        weightings=(),
+        moments=("plain",),
+        masks=subnet.masks(spec, WIDTHS),
+    )
+    images = np.concatenate([b["image"][:7] for b in batches])
+    units = _inner_units(spec, params, WIDTHS, images)
+    assert len(units) == 2 * spec.depth
+    for (block, branch), seen in units.items():
+        mean = stats.branch_mean(block, branch, "plain")
+        np.testing.assert_allclose(mean, seen.mean(0), atol=1e-5)
+        covariance = stats.branch_covariance(block, branch, "plain")
+        np.testing.assert_allclose(covariance, np.cov(seen.T, bias=True), atol=1e-5)
+
+
+def test_own_statistics_of_the_full_network_are_the_stored_ones(spec, network):
+    stats = statistics.collect(
+        ViT(spec),
+        network.params,
+        batches_of(spec, 4, 0),
+        weightings=(),
+        moments=("plain",),
+        masks=subnet.masks(spec, SubnetSpec.full(spec)),
+    )
+    again = recalibration.own_compensation(
+        stats, spec, network.compensation, SubnetSpec.full(spec), tokens="plain"
+    )
+    for new, old in zip(jax.tree.leaves(again), jax.tree.leaves(network.compensation)):
+        np.testing.assert_allclose(new, old, atol=1e-4)
+
+
+def test_a_removed_branch_keeps_its_stored_repair(spec, network):
+    stats = statistics.collect(
+        ViT(spec),
+        network.params,
+        batches_of(spec, 1, 0),
+        weightings=(),
+        moments=("gradient",),
+        masks=subnet.masks(spec, WIDTHS),
+    )
+    own = recalibration.own_compensation(stats, spec, network.compensation, WIDTHS)
+    assert own.attn[1] is network.compensation.attn[1]
+    assert own.mlp[2] is network.compensation.mlp[2]
+    assert np.abs(own.mlp[1].mean - network.compensation.mlp[1].mean).max() > 1e-4
+
+
+def features(rng, images=40, width=6):
+    full = rng.normal(size=(images, width)) + 1
+    cut = full @ (np.eye(width) + 0.3 * rng.normal(size=(width, width))) - 0.5
+    return cut + 0.2 * rng.normal(size=cut.shape), full
+
+
+def test_the_errors_of_left_out_images_are_those_of_fits_without_them():
+    """The ridge chosen is the one that plain leave-one-out chooses, refit n times."""
+    rng = np.random.default_rng(0)
+    cut, full = features(rng)
+    kernel = rng.normal(size=(6, 3))
+    level = np.square(cut - cut.mean(0)).sum() / 6
+
+    def fit(x, y, ridge):
+        mx, my = x.mean(0), y.mean(0)
+        change = np.zeros((6, 6))
+        if np.isfinite(ridge):
+            gram = (x - mx).T @ (x - mx) + ridge * level * np.eye(6)
+            change = np.linalg.solve(gram, (x - mx).T @ (y - my - x + mx))
+        return np.eye(6) + change, my - mx @ (np.eye(6) + change)
+
+    def left_out(ridge):
+        total = 0.0
+        for i in range(len(cut)):
+            rest = np.arange(len(cut)) != i
+            matrix, offset = fit(cut[rest], full[rest], ridge)
+            total += np.square((full[i] - cut[i] @ matrix - offset) @ kernel).sum()
+        return total
+
+    best = min(recalibration.RIDGES, key=left_out)
+    found = recalibration.correction(cut, full, kernel)
+    assert found.ridge == best
+    for mine, plain in zip(found[:2], fit(cut, full, best)):
+        np.testing.assert_allclose(mine, plain, atol=1e-10)
+
+
+def test_a_network_that_is_not_cut_needs_no_correction():
+    _, full = features(np.random.default_rng(1))
+    matrix, offset, _ = recalibration.correction(full, full, np.eye(6))
+    np.testing.assert_allclose(matrix, np.eye(6), atol=1e-12)
+    np.testing.assert_allclose(offset, 0, atol=1e-12)
+
+
+def test_pure_noise_moves_no_more_than_the_mean():
+    rng = np.random.default_rng(2)
+    cut, full = rng.normal(size=(2, 8, 6))
+    found = recalibration.correction(cut, cut + full, np.eye(6))
+    assert found.ridge >= 1
+
+
+def test_features_that_do_not_belong_together_are_an_error():
+    with pytest.raises(ValueError, match="same two or more images"):
+        recalibration.correction(np.ones((1, 3)), np.ones((1, 3)), np.eye(3))
+    with pytest.raises(ValueError, match="same two or more images"):
+        recalibration.correction(np.ones((4, 3)), np.ones((4, 2)), np.eye(3))
+
+
+def test_the_head_reads_corrected_features(params, spec):
+    rng = np.random.default_rng(3)
+    matrix, offset = rng.normal(size=(spec.width,) * 2), rng.normal(size=spec.width)
+    one = recalibration.Correction(matrix, offset, 1.0)
+    new = recalibration.with_head(params, {"head": one})["head"]
+    feature = rng.normal(size=(4, spec.width))
+    old = params["head"]
+    want = (feature @ matrix + offset) @ np.asarray(old["kernel"]) + np.asarray(
+        old["bias"]
+    )
+    np.testing.assert_allclose(feature @ new["kernel"] + new["bias"], want, atol=1e-4)
+
+
+def test_the_choice_is_never_worse_on_images_held_out(spec, network):
+    done = recalibrating.recalibrated(
+        network, WIDTHS, batches_of(spec, 4, 5), batches_of(spec, 2, 6)
+    )
+    assert done.kl[done.chosen] == min(done.kl.values()) <= done.kl["stored"]
+    assert {"stored", "round 1", "round 2", "stored, head"} < set(done.kl)
+    small = subnet.extract(done.params, WIDTHS)
+    images = batches_of(spec, 1, 7)[0]["image"]
+    alone = ViT(spec, WIDTHS).apply({"params": small}, images)
+    masked = ViT(spec).apply(
+        {"params": done.params}, images, subnet.masks(spec, WIDTHS)
+    )
+    np.testing.assert_allclose(alone, masked, atol=1e-5)
+
+
+def test_a_network_without_compensation_is_told_how_to_get_one(spec, network):
+    bare = network._replace(compensation=None)
+    with pytest.raises(ValueError, match="configs/balanced.py"):
+        recalibrating.recalibrated(bare, WIDTHS, [], [])
