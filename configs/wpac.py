@@ -50,7 +50,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.balanced.metric = "identity"  # or gradient
     config.balanced.moment = "covariance"  # or uncentred
     # Order of hidden units: greedy | variance_weight | variance | taylor1 | taylor2 |
-    # magnitude | random; empty is the criterion's own (wpac: taylor2).
+    # magnitude | random | measured (the best of three, block by block); empty is the
+    # criterion's own (wpac: taylor2).
     config.units = ""
     config.compensation = "none"  # of cuts: mean | least_squares
     config.compensation_dtype = "float32"  # or bfloat16, half the size
@@ -61,7 +62,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.list = ConfigDict()  # of sub-networks
     config.list.kind = "uniform"  # importance (the paper's) | loss (measured)
     config.list.levels = 32  # of a uniform list
-    config.list.share = 0.75  # of all MACs, saved by the last level of the others
+    config.list.share = 0.75  # of the cost, saved by the last level of the others
+    config.list.cost = "macs"  # loss: what a cut has to save; or params
     config.list.images = 64  # of the calibration images, measured again and again
     config.list.stages = 8  # of importance, each measured at the smallest level so far
     config.list.sensitivity = "cross_entropy"  # of importance: accuracy | kl

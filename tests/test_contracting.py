@@ -5,10 +5,18 @@ import pytest
 
 from flax_skd.io import checkpoint
 from flax_skd.io.checkpoint import SuperNet
-from flax_skd.method import compensation, macs, packing, piad, subnet
+from flax_skd.method import (
+    compensation,
+    contraction,
+    macs,
+    packing,
+    piad,
+    statistics,
+    subnet,
+)
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
-from flax_skd.run import commands, config_files, contracting
+from flax_skd.run import commands, config_files, contracting, recipes, unit_choice
 
 pytest.importorskip("orbax.checkpoint")
 WIDTHS = SubnetSpec((9, 0, 3), (6, 0, 12), (40, 13, 0))
@@ -120,6 +128,57 @@ def test_a_list_is_measured_on_the_network_and_reaches_its_share(files, kind):
     assert (share <= 0.5) if kind == "loss" else (0.5 <= share < 0.7)
     tied = np.array_equal(levels.qk_dim, levels.vo_dim)
     assert tied == (kind == "importance")
+
+
+def test_a_list_may_save_parameters_instead(files):
+    network, _ = contracted(
+        files, "smaller", list__kind="loss", list__share=0.4, list__cost="params"
+    )
+    spec, levels = network.spec, network.dropout_list
+    last = levels.widths(int(levels.levels), spec)
+    assert macs.param_count(spec, last) <= 0.6 * macs.param_count(spec)
+
+
+def test_measured_units_are_in_every_block_one_of_the_orders_tried(spec, params, batch):
+    full = piad.from_rows([SubnetSpec.full(spec)], spec)
+    network = SuperNet(params, spec, full, {})
+    recipe = recipes.Recipe(contraction.CRITERIA["wpac"], compensation="mean")
+    stats = statistics.collect(
+        ViT(spec),
+        params,
+        [batch],
+        weightings=recipe.criterion.weightings,
+        moments=recipe._replace(units="measured").moments(),
+    )
+
+    def kernels(units):
+        recipe_of = recipe._replace(units=units)
+        turned = recipes.contracted(network, stats, recipe_of, batches=[batch])
+        return [
+            np.asarray(turned.params[f"block_{i}"]["mlp"]["fc1"]["kernel"])
+            for i in range(spec.depth)
+        ]
+
+    alone = [kernels(name) for name in recipes.MEASURED_ORDERS]
+    for i, kernel in enumerate(kernels(recipes.MEASURED)):
+        assert any(np.array_equal(kernel, other[i]) for other in alone)
+
+
+def test_a_network_that_loses_less_is_chosen_in_the_block_where_it_does(
+    balanced, batch
+):
+    """Without its repair a block of the second network loses more than in the first."""
+    network = balanced[0]
+    mlp = list(network.compensation.mlp)
+    mlp[1] = mlp[1]._replace(mean=mlp[1].mean + 3, factor=None)
+    worse = network._replace(compensation=network.compensation._replace(mlp=tuple(mlp)))
+    first = list(network.compensation.mlp)
+    first[0] = first[0]._replace(mean=first[0].mean + 3, factor=None)
+    other = network._replace(
+        compensation=network.compensation._replace(mlp=tuple(first))
+    )
+    names = unit_choice.chosen({"a": worse, "b": other}, [batch])
+    assert names[:2] == ("a", "b")
 
 
 def test_heads_are_tied_if_asked(files):

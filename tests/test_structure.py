@@ -51,6 +51,7 @@ FLOORS = {
             *("run.gradients", "run.lists", "run.distributed"),
             *("run.interrupt", "run.elastic", "run.distillation", "run.mixing"),
             *("run.progress", "run.evaluate", "run.report"),
+            *("run.recipes", "run.unit_choice"),
         ],
         5,
     ),

@@ -15,8 +15,8 @@ Rows = list[dict[str, Any]]
 def table(profile: Any) -> str:
     """Markdown: predicted against measured by batch size, then times by width."""
     parts = [
-        f"{profile.device}, {profile.dtype}. Times over the full network's in the same "
-        "round, medians (quartiles)."
+        f"{profile.device}, {profile.dtype}. Medians (quartiles) over rounds; the full "
+        + "network's time is of the same round."
     ]
     for batch_size in profile.latency:
         rows = [r for r in profile.measured if r["batch_size"] == batch_size]
@@ -34,8 +34,8 @@ def error(row: dict[str, Any]) -> float:
 def _predictions(rows: Rows, batch_size: int, spec: Any) -> str:
     lines = [
         f"Batch {batch_size}:\n",
-        "| sub-network | MACs | time over full | ms | predicted ms | error % | used for "
-        "| compile s |",
+        "| sub-network | MACs | time over full | ms | predicted ms | error % "
+        + "| used for | compile s |",
         "|" + "---|" * 8,
     ]
     for row in rows:
@@ -80,8 +80,8 @@ def _stairs(rows: Rows) -> str:
     """What rounding a width up to a multiple does to the time of the whole network."""
     lines = [
         "Widths of one branch in every block, the other full. Where the next multiple "
-        "takes no more, rounding up to it (`attn_lane`, `mlp_lane`) keeps more dims for "
-        "nothing:\n",
+        + "takes no more, rounding up to it (`attn_lane`, `mlp_lane`) keeps more dims "
+        + "for nothing:\n",
         "| branch | dims | time over full | "
         + " | ".join(f"at next multiple of {m}" for m in MULTIPLES)
         + " |",

@@ -1,0 +1,48 @@
+"""A sub-network as a Flax NNX module, by Flax's own bridge from Linen."""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_skd.io import checkpoint
+from flax_skd.io.checkpoint import SubNet
+from flax_skd.io.formats import folding
+from flax_skd.method.vit import ViT
+
+
+def module(network: SubNet, *, dtype: Any = jnp.float32) -> nnx.Module:
+    """The network as an NNX module: call it with images, train it with nnx.Optimizer.
+
+    Args:
+      network: a sub-network.
+      dtype: of the computation, float32 or bfloat16.
+
+    Returns:
+      A module whose `nnx.Param` state is the tree of `network.params`, in float32.
+
+    Raises:
+      ValueError: if the network is empty.
+    """
+    folding.check_kept(network.widths)
+    spec = network.spec
+    linen = ViT(spec, network.widths, dtype=dtype)
+    bridged = nnx.bridge.ToNNX(linen, rngs=nnx.Rngs(0))
+    size = (1, spec.image_size, spec.image_size, spec.in_channels)
+    nnx.bridge.lazy_init(bridged, jnp.zeros(size))
+    state = nnx.state(bridged, nnx.Param)
+    given = folding.in_float32(network.params)
+    nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, given))
+    nnx.update(bridged, state)
+    return bridged
+
+
+def load(directory: str | os.PathLike) -> nnx.Module:
+    """The module of a sub-network directory, such as format nnx writes.
+
+    Raises:
+      ValueError: if the directory is not one, or damaged.
+    """
+    return module(checkpoint.load_subnet(directory))

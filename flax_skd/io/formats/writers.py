@@ -1,0 +1,59 @@
+"""The table of export formats: what each is, and the function that writes it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from flax_skd.io.formats import arrays, flax_attention, nnx, onnx, stablehlo, timm
+
+
+class Format(NamedTuple):
+    """One export format.
+
+    Attributes:
+      summary: one line.
+      write: function (directory, network, *, overwrite, and `options`).
+      options: keywords of `write` that a user may set.
+      equal_heads: whether q/k and v/out are padded to one width.
+    """
+
+    summary: str
+    write: Callable[..., None]
+    options: tuple[str, ...] = ()
+    equal_heads: bool = False
+
+
+FORMATS = {
+    "safetensors": Format(
+        "a sub-network directory: safetensors and spec.json", arrays.write_safetensors
+    ),
+    "npz": Format("the same arrays as npz, with spec.json", arrays.write_npz),
+    "flax": Format(
+        "npz for plain flax.linen.MultiHeadDotProductAttention, vit_jax's names",
+        flax_attention.write,
+        equal_heads=True,
+    ),
+    "nnx": Format(
+        "a sub-network directory that formats.nnx.load turns into an NNX module",
+        arrays.write_safetensors,
+    ),
+    "timm": Format("timm's state dict as safetensors", timm.write, equal_heads=True),
+    "jax_export": Format(
+        "StableHLO of jax.export, any batch size", stablehlo.write, ("platforms",)
+    ),
+    "onnx": Format("one ONNX file, any batch size", onnx.write, ("opset",)),
+}
+
+
+def named(names: list[str]) -> dict[str, Format]:
+    """The formats of these names, each once.
+
+    Raises:
+      ValueError: if there is none, or one is unknown; the known ones are listed.
+    """
+    unknown = [name for name in names if name not in FORMATS]
+    if unknown or not names:
+        lines = [f"  {name:12}{f.summary}" for name, f in FORMATS.items()]
+        raise ValueError(
+            f"no format {', '.join(unknown) or 'given'}; there are:\n" + "\n".join(lines)
+        )
+    return {name: FORMATS[name] for name in names}
