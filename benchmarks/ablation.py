@@ -34,7 +34,12 @@ SIZES = ("full", *BUDGETS)
 VARIANTS = (
     *("random_truncation", "channel_dropout", "weighted_channel_dropout"),
     *("layer_drop", "piad", "piad_without_wpac", "in_place", "per_example"),
-    *("sandwich", "macs"),
+    *("sandwich", "macs", "piad_balanced"),
+)
+# Cut by the list they learnt themselves as well.
+OWN_LIST = (
+    *("piad_without_wpac", "in_place", "sandwich", "macs", "per_example"),
+    "piad_balanced",
 )
 Scores = dict[str, float]
 
@@ -66,24 +71,23 @@ class Bench:
             training.train(config, workdir=str(target), overwrite=True, resume=False)
         return target / training.NETWORK
 
-    def contracted(self) -> pathlib.Path:
-        """WPAC of the trained start, by 1,024 of its images."""
-        if not (self.work / "wpac").is_dir():
-            config = config_files.load("configs/wpac.py")
+    def contracted(self, method: str = "wpac") -> pathlib.Path:
+        """The trained start under `configs/METHOD.py`, by 1,024 of its images."""
+        target = self.work / method
+        if not target.is_dir():
+            config = config_files.load(f"configs/{method}.py")
             config.model.path = str(self.started())
             config.data.source, config.seed = self.train, self.seed
-            contracting.contract(
-                config, workdir=str(self.work / "wpac"), overwrite=True
-            )
-        return self.work / "wpac"
+            contracting.contract(config, workdir=str(target), overwrite=True)
+        return target
 
     def supernet(self, variant: str) -> SuperNet:
         """What a variant of the ablation trained."""
-        self.contracted()
+        name, start = variant, self.contracted()
         if variant == "piad_without_wpac":
             name, start = "piad", self.started()
-        else:
-            name, start = variant, self.work / "wpac"
+        elif variant == "piad_balanced":
+            name, start = "piad", self.contracted("balanced")
         return checkpoint.load_supernet(self.trained(variant, name, str(start)))
 
     def scores(self, network: SuperNet, levels: piad.DropoutList) -> Scores:
@@ -96,6 +100,7 @@ class Bench:
             network.params,
             self._test_batches(network.spec),
             [cut.widths for cut in cuts],
+            repairs=network.compensation,
         )
         return dict(zip(SIZES, [row.top1 for row in rows], strict=True))
 
@@ -130,11 +135,14 @@ def of_seed(bench: Bench, variants: list[str], alone: list[str]) -> dict[str, Sc
     """Everything of one seed: row -> size -> top-1."""
     found, supernets = {}, {}
     supernets["wpac, nothing trained"] = checkpoint.load_supernet(bench.contracted())
+    if "piad_balanced" in variants:
+        balanced = checkpoint.load_supernet(bench.contracted("balanced"))
+        supernets["balanced, nothing trained"] = balanced
     levels = bench.supernet("piad").dropout_list
     supernets |= {variant: bench.supernet(variant) for variant in variants}
     for name, network in supernets.items():
         found[name] = bench.scores(network, levels)
-        if name in ("piad_without_wpac", "in_place", "sandwich", "macs", "per_example"):
+        if name in OWN_LIST:
             own = bench.scores(network, network.dropout_list)
             found[f"{name}, own list"] = own
     spec = supernets["piad"].spec

@@ -4,11 +4,12 @@ import jax
 import numpy as np
 import pytest
 
+from flax_skd.io import checkpoint
 from flax_skd.io.checkpoint import SuperNet
-from flax_skd.method import compensation, piad, recalibration, statistics, subnet
+from flax_skd.method import compensation, macs, piad, recalibration, statistics, subnet
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
-from flax_skd.run import recalibrating
+from flax_skd.run import commands, recalibrating
 
 WIDTHS = SubnetSpec((6, 0, 3), (6, 0, 9), (30, 13, 0))
 
@@ -202,3 +203,65 @@ def test_a_network_without_compensation_is_told_how_to_get_one(spec, network):
     bare = network._replace(compensation=None)
     with pytest.raises(ValueError, match="configs/balanced.py"):
         recalibrating.recalibrated(bare, WIDTHS, [], [])
+
+
+def test_what_was_fitted_is_extracted_and_said(spec, network, tmp_path):
+    levels = piad.from_rows([SubnetSpec.full(spec), WIDTHS], spec)
+    checkpoint.save_supernet(tmp_path / "net", network._replace(dropout_list=levels))
+    fitted = jax.tree.map(lambda x: np.asarray(x) + 1, network.params)
+
+    def fit(supernet, widths):
+        assert widths == WIDTHS and supernet.compensation is not None
+        kl = {"stored": 0.5, "round 1": 0.25}
+        return recalibrating.Recalibrated(fitted, kl, "round 1")
+
+    said = commands.extract(
+        workdir=str(tmp_path / "net"),
+        out=str(tmp_path / "small"),
+        overwrite=False,
+        cost=macs.macs,
+        limit=macs.macs(spec, WIDTHS),
+        fit=fit,
+    )
+    small = checkpoint.load_subnet(tmp_path / "small")
+    assert "level 1" in said and small.widths == WIDTHS
+    assert small.provenance["recalibrated"]["chosen"] == "round 1"
+    for new, want in zip(
+        jax.tree.leaves(small.params), jax.tree.leaves(subnet.extract(fitted, WIDTHS))
+    ):
+        np.testing.assert_array_equal(new, want)
+
+
+def test_a_fifth_of_the_images_is_held_out_and_no_label_is_read(
+    spec, network, tmp_path, monkeypatch
+):
+    pixels = np.arange(20, dtype=np.uint8).reshape(20, 1, 1, 1)
+    pixels = np.broadcast_to(pixels, (20, 16, 16, 3)).copy()
+    labels = np.arange(20)  # more than the network has classes
+    np.savez(tmp_path / "images.npz", images=pixels, labels=labels)
+    seen = {}
+
+    def fake(network, widths, batches, held_out):
+        for name, part in (("fit", batches), ("held out", held_out)):
+            seen[name] = [
+                int(image[0, 0, 0])
+                for batch in part
+                for image, live in zip(batch["image"], batch["weight"])
+                if live
+            ]
+
+    monkeypatch.setattr(recalibrating, "recalibrated", fake)
+    fit = recalibrating.fitted_to(f"npz:{tmp_path}/images.npz", images=15)
+    fit(network._replace(spec=spec.replace(crop_fraction=1.0)), WIDTHS)
+    assert len(seen["fit"]) == 12 and len(seen["held out"]) == 3
+    assert len({*seen["fit"], *seen["held out"]}) == 15
+
+
+def test_too_few_images_to_fit_to_are_an_error(tmp_path):
+    np.savez(
+        tmp_path / "few.npz",
+        images=np.zeros((9, 8, 8, 3), np.uint8),
+        labels=np.zeros(9, int),
+    )
+    with pytest.raises(ValueError, match="at least ten"):
+        recalibrating.fitted_to(f"npz:{tmp_path}/few.npz")

@@ -1,6 +1,7 @@
 """What each subcommand does, from a config to files: load, compute, save, report."""
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -128,17 +129,30 @@ def listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def extract(*, workdir: str, out: str, overwrite: bool, cost: Any, limit: float) -> str:
+def extract(
+    *,
+    workdir: str,
+    out: str,
+    overwrite: bool,
+    cost: Any,
+    limit: float,
+    fit: Callable[..., Any] | None = None,
+) -> str:
     """The largest sub-network of a super-network within a budget, on its own.
 
     Args:
       cost: function of (spec, widths) the budget is counted in.
       limit: the most it may be; at most 1 is a share of the full network.
+      fit: function (supernet, widths) -> `recalibrating.Recalibrated`, or none.
     """
     supernet = checkpoint.load_supernet(workdir)
     small, level = subnet_within(supernet, cost=cost, limit=limit)
     facts = {"parent": pathlib.Path(workdir).name, "level": level}
     facts["supernet"] = supernet.provenance
+    if fit is not None:
+        done = fit(supernet, small.widths)
+        small = small._replace(params=subnet.extract(done.params, small.widths))
+        facts["recalibrated"] = {"chosen": done.chosen, "kl": done.kl}
     small = small._replace(provenance=facts)
     checkpoint.save_subnet(out, small, overwrite=overwrite)
     count = macs.macs(small.spec, small.widths)

@@ -2,13 +2,14 @@
 
 import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_skd.io import data, sources
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import compensation, costs, moments, recalibration, subnet
 from flax_skd.method.spec import SubnetSpec
@@ -111,6 +112,46 @@ def recalibrated(
     told = ", ".join(f"{name} {value:.4f}" for name, value in kl.items())
     _LOG.info("recalibration, KL on images held out: %s; chosen: %s", told, chosen)
     return Recalibrated(jax.device_get(found[chosen]), kl, chosen)
+
+
+def fitted_to(
+    description: str, *, images: int = 1000, batch_size: int = 50, seed: int = 0
+) -> Callable[[SuperNet, SubnetSpec], Recalibrated]:
+    """`recalibrated` by the images of a source, a fifth of them held out.
+
+    Args:
+      description: as of `sources.open_source`; no label is read.
+      images: at most so many, chosen by `seed`.
+      batch_size: of the passes.
+      seed: of the choice.
+
+    Raises:
+      ValueError: if the source does not serve or has fewer than ten images.
+    """
+    # Whatever labels a tar has or lacks.
+    labels = "sorted" if description.startswith("tar:") else None
+    source = sources.open_source(description, labels=labels)
+    count = min(images, len(source))
+    if count < 10:
+        raise ValueError(
+            f"{description}: {count} images; give at least ten, better a thousand."
+        )
+    order = np.random.default_rng(seed).permutation(len(source))[:count]
+    parts = order[count // 5 :], order[: count // 5]
+
+    def fit(network: SuperNet, widths: SubnetSpec) -> Recalibrated:
+        batches, held_out = (
+            data.eval_batches(
+                source,
+                network.spec,
+                batch_size=min(batch_size, len(part)),
+                indices=[*map(int, part)],
+            )
+            for part in parts
+        )
+        return recalibrated(network, widths, batches, held_out)
+
+    return fit
 
 
 @functools.partial(jax.jit, static_argnums=0)
