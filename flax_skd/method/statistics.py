@@ -254,15 +254,12 @@ def collect(
     Raises:
       ValueError: if there is no batch, or a sum is not finite (the block is named).
     """
-    step = functools.partial(_add_batch, model, cost=cost, moments=tuple(moments))
-    add_batch = jax.jit(step, donate_argnums=0)
-    total = pilot = None
+    asked, total = (model, cost, tuple(moments)), None  # what it is compiled for
     for batch in batches:
         if total is None:
-            means = jax.jit(functools.partial(pilot_means, model))
-            pilot = means(params, batch, masks)
+            pilot = jax.jit(pilot_means, static_argnums=0)(model, params, batch, masks)
             total = (jnp.zeros(()), _zeros(model.spec, weightings, moments))
-        total = add_batch(total, params, batch, pilot, masks)
+        total = _add_batch(*asked, total, params, batch, pilot, masks)
     if total is None:
         raise ValueError("no calibration images: the source of batches is empty.")
     statistics = Statistics(total[0], model.spec.num_tokens, pilot, *total[1])
@@ -270,7 +267,8 @@ def collect(
     return statistics
 
 
-def _add_batch(model, total, params, batch, pilot, masks, *, cost, moments):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def _add_batch(model, cost, moments, total, params, batch, pilot, masks):
     images, sums = total
     # No cotangent depends on the accumulators: the totals stand in for zeros.
     fresh = _both_sums(model, params, batch, pilot, cost, moments, masks, sums)
