@@ -34,8 +34,10 @@ setup(
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        "export": ["flatbuffers"],  # StableHLO files; docs/export.md has timm and ONNX
+        "timm": ["timm>=1.0.23", "torch"],  # only to check what is exported for them
         "log": ["tensorboardX"],  # training curves for tensorboard, where installed
-        "test": ["pytest", "ruff", "hypothesis", "tensorboardX"],
+        "test": ["pytest", "ruff", "hypothesis", "tensorboardX", "flatbuffers"],
     },
     entry_points={"console_scripts": ["flax-skd=flax_skd.run.main:cli"]},
 )

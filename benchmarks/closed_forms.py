@@ -182,7 +182,7 @@ def whole(harness: Harness, cuts: list[str]) -> Iterator[Row]:
     def pruned():
         return rival_forms.variance_pruned(harness.network, harness.stats())
 
-    by_loss, alike = listed(ours, "loss"), listed(ours, "uniform")
+    alike = listed(ours, "uniform")
     variants = {
         "wpac, importance list": listed(wpac, "importance"),
         "wpac, uniform": listed(wpac, "uniform"),
@@ -191,9 +191,8 @@ def whole(harness: Harness, cuts: list[str]) -> Iterator[Row]:
         "corp, uniform q/k and MLP": lambda: _corp_of(harness).network,
         "ours, uniform": alike,
         "ours, importance list": listed(ours, "importance"),
-        "ours, list by loss": by_loss,
+        "ours, list by loss": listed(ours, "loss"),
         "ours, uniform, recalibrated": alike,
-        "ours, list by loss, recalibrated": by_loss,
     }
     for name, make in variants.items():
         for share in BUDGETS:
@@ -213,9 +212,11 @@ def _whole(harness: Harness, name: str, make: Callable[[], SuperNet], share: flo
 
 def _recalibrated(harness: Harness, network: SuperNet, widths: SubnetSpec) -> SuperNet:
     """Fitted to four fifths of the calibration images, chosen by the rest."""
-    batches = list(harness.batches())
+    batches = list(harness.batches(harness.recalibration_images))
     end = len(batches) * 4 // 5
-    done = recalibrating.recalibrated(network, widths, batches[:end], batches[end:])
+    done = recalibrating.recalibrated(
+        network, widths, batches[:end], batches[end:], rounds=1
+    )
     return network._replace(params=done.params, compensation=None)
 
 
@@ -261,6 +262,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--cost", default="logit", choices=sorted(costs.COSTS))
     parser.add_argument("--test", required=True, help="source of labelled images")
+    parser.add_argument("--recalibration-images", type=int, default=500)
     parser.add_argument("--test-images", type=int, default=0, help="0 for all")
     parser.add_argument("--tables", default="parts,whole,images")
     parser.add_argument("--cuts", default="", help="of parts: attention,qk,vo,mlp")

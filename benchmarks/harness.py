@@ -46,6 +46,7 @@ class Harness:
       network: as it was read.
       config: of `configs/balanced.py`, whose list and data sections apply.
       moments: what the statistics hold.
+      recalibration_images: how many of the calibration images a refit sees.
     """
 
     def __init__(self, args: argparse.Namespace, moments: tuple[str, ...]):
@@ -58,6 +59,7 @@ class Harness:
         self.config, self.moments = config, moments
         self.network = commands.load_network(config.model)
         self.model = ViT(self.network.spec)
+        self.recalibration_images = args.recalibration_images
         self._test, self._test_images = args.test, args.test_images
         self._work = pathlib.Path(args.work)
         self._statistics: dict[tuple[int, str], Statistics] = {}

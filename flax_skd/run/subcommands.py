@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from flax_skd.method import macs
-from flax_skd.run import commands, contracting, demo, sweeping, training
+from flax_skd.run import commands, contracting, demo, exporting, sweeping, training
 
 
 class Command(NamedTuple):
@@ -33,6 +33,16 @@ FLAGS = {  # name: (kind, default, help)
     "budget": ("float", None, "share of the full network's MACs (full count), 0 to 1"),
     "macs": ("float", None, "most multiply-accumulates an image (full count)"),
     "params": ("float", None, "most parameters"),
+    "formats": (
+        "string",
+        "safetensors",
+        "to write, between commas; any other lists all",
+    ),
+    "budgets": ("string", "", "shares of the MACs, between commas: 0.25,0.5,0.75,1.0"),
+    "measured": ("string", "", "a sweep.json to take accuracies from"),
+    "licence": ("string", "", "of the source weights, for the model cards"),
+    "platforms": ("string", "cpu,cuda,tpu", "of format jax_export"),
+    "opset": ("integer", 20, "of format onnx"),
     "fast": ("boolean", False, "a shorter training, under a minute in all"),
     "seed": ("integer", 0, "of the trainings"),
     "coordinator": ("string", None, "HOST:PORT of the first of several processes"),
@@ -61,6 +71,22 @@ def _extract(f: Any) -> str:
     cost = macs.param_count if kind == "params" else macs.macs
     return commands.extract(
         workdir=f.workdir, out=f.out, overwrite=f.overwrite, cost=cost, limit=limit
+    )
+
+
+def _export(f: Any) -> str:
+    return exporting.export(
+        workdir=f.workdir,
+        out=f.out,
+        formats=f.formats,
+        budgets=f.budgets,
+        overwrite=f.overwrite,
+        options={
+            "platforms": tuple(commands.listed(f.platforms)),
+            "opset": f.opset,
+        },
+        measured=f.measured,
+        licence=f.licence,
     )
 
 
@@ -123,5 +149,16 @@ COMMANDS = {
         ("workdir", "out", "overwrite", "budget", "macs", "params"),
         _extract,
     ),
+    "export": Command(
+        "write sub-networks of the super-network, or the one sub-network, in --workdir "
+        "in other programs' formats, with cards, an index and a figure",
+        "--workdir=DIR --out=EXPORTS --formats=flax,timm,onnx --budgets=0.5,1.0",
+        "",
+        (
+            *("workdir", "out", "overwrite", "formats", "budgets", "measured"),
+            *("licence", "platforms", "opset"),
+        ),
+        _export,
+    ),
 }
-REQUIRED = {"extract": ("workdir", "out"), "demo": ()}
+REQUIRED = {"extract": ("workdir", "out"), "export": ("workdir", "out"), "demo": ()}

@@ -28,14 +28,20 @@ def module(network: SubNet, *, dtype: Any = jnp.float32) -> nnx.Module:
     """
     folding.check_kept(network.widths)
     spec = network.spec
-    linen = ViT(spec, network.widths, dtype=dtype)
-    bridged = nnx.bridge.ToNNX(linen, rngs=nnx.Rngs(0))
-    size = (1, spec.image_size, spec.image_size, spec.in_channels)
-    nnx.bridge.lazy_init(bridged, jnp.zeros(size))
+
+    def fresh() -> nnx.Module:
+        linen = ViT(spec, network.widths, dtype=dtype)
+        return nnx.bridge.ToNNX(linen, rngs=nnx.Rngs(0))
+
+    def initialised() -> nnx.Module:
+        size = (1, spec.image_size, spec.image_size, spec.in_channels)
+        return nnx.bridge.lazy_init(fresh(), jnp.zeros(size))
+
+    bridged = nnx.eval_shape(initialised)  # shapes alone: nothing is drawn or run
     state = nnx.state(bridged, nnx.Param)
     given = folding.in_float32(network.params)
     nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, given))
-    nnx.update(bridged, state)
+    nnx.update(bridged, state, nnx.state(fresh(), nnx.RngState))
     return bridged
 
 

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import pathlib
+import shlex
 import sys
 import uuid
 
@@ -111,16 +112,19 @@ def installed() -> bool:
 def environment_commands(name: str = "onnx_env") -> list[str]:
     """Shell commands that make an environment where this module runs."""
     return [
-        f"{sys.executable} -m venv {name}",
+        f"{shlex.quote(sys.executable)} -m venv {name}",
         f"{name}/bin/pip install jax2onnx onnxruntime flax optax safetensors",
-        f"{name}/bin/pip install --no-deps {_this_package()}",
+        f"{name}/bin/pip install --no-deps {shlex.quote(_this_package())}",
     ]
 
 
-def command(subnet: str, out: str, *, opset: int, name: str = "onnx_env") -> str:
+def command(
+    subnet: pathlib.Path, out: pathlib.Path, *, opset: int, name: str = "onnx_env"
+) -> str:
     """The shell command that converts one sub-network there."""
     python = f"{name}/bin/python -m flax_skd.io.formats.onnx"
-    return f"{python} {subnet} {out}" + (f" --opset={opset}" if opset != OPSET else "")
+    paths = shlex.join(map(str, (subnet, out)))
+    return f"{python} {paths}" + (f" --opset={opset}" if opset != OPSET else "")
 
 
 def _this_package() -> str:

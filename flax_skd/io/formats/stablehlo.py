@@ -101,7 +101,9 @@ def write(
       ValueError: as `params_inside`, or if the directory may not be written.
       ImportError: if flatbuffers is missing.
     """
-    require("flatbuffers")
+    folding.check_kept(network.widths)
+    check_platforms(platforms)
+    require("flatbuffers")  # before the minute that lowering may take
     content = (
         params_inside(network, platforms=platforms).serialize(),
         params_outside(network, platforms=platforms).serialize(),

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from flax_skd.io.formats import arrays, flax_attention, nnx, onnx, stablehlo, timm
+from flax_skd.io.formats import arrays, flax_attention, onnx, stablehlo, timm
 
 
 class Format(NamedTuple):
@@ -54,6 +54,7 @@ def named(names: list[str]) -> dict[str, Format]:
     if unknown or not names:
         lines = [f"  {name:12}{f.summary}" for name, f in FORMATS.items()]
         raise ValueError(
-            f"no format {', '.join(unknown) or 'given'}; there are:\n" + "\n".join(lines)
+            f"no format {', '.join(unknown) or 'given'}; there are:\n"
+            + "\n".join(lines)
         )
     return {name: FORMATS[name] for name in names}

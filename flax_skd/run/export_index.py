@@ -1,0 +1,97 @@
+"""The index of an export: rows as JSON, a Markdown table and a figure."""
+
+import pathlib
+from typing import Any
+
+from flax_skd.io import directory as folder
+from flax_skd.io.extras import require
+from flax_skd.method import macs
+
+FILES = ("index.json", "index.md", "index.png")
+Rows = list[dict[str, Any]]
+_HEADINGS = ("budget", "level", "MACs (full count)", "MACs (paper's)", "parameters")
+_HEADINGS += ("top-1 %", "format", "bytes", "MACs of padding")
+
+
+def written_before(target: pathlib.Path) -> tuple[str, ...]:
+    """What an earlier export left, by its own index; nothing if there is none."""
+    path = target / FILES[0]
+    if not path.is_file():
+        return ()
+    fields = folder.read_json(path, "export index", {"files", "rows", "commands"})
+    return tuple(fields["files"])
+
+
+def write(
+    directory: pathlib.Path, rows: Rows, *, todo: list[str], files: list[str]
+) -> None:
+    """Writes `index.json`, `index.md` and `index.png`.
+
+    Args:
+      directory: being filled.
+      rows: one an exported folder.
+      todo: shell commands for what could not be written here.
+      files: all names in the directory.
+    """
+    facts = {"files": files, "rows": rows, "commands": todo}
+    folder.write_json(directory / FILES[0], "export index", facts)
+    text = f"# Exported sub-networks\n\n{table(rows)}\n\n![sizes](index.png)\n"
+    if todo:
+        text += f"\n{left_to_do(todo)}\n"
+    (directory / FILES[1]).write_text(text, encoding="utf-8")
+    figure(rows).savefig(directory / FILES[2], dpi=150)
+
+
+def table(rows: Rows) -> str:
+    """The rows of an index as a Markdown table."""
+    lines = [f"| {' | '.join(_HEADINGS)} |", "|" + "---|" * len(_HEADINGS)]
+    for row in rows:
+        added = row["macs_with_padding"]["full"] - row["macs"]["full"]
+        accuracy = row["accuracy"]
+        cells = (
+            "" if row["budget"] is None else f"{row['budget']:g}",
+            "" if row["level"] is None else row["level"],
+            *(macs.readable(row["macs"][c]) for c in macs.CONVENTIONS),
+            macs.readable(row["parameters"]),
+            f"{accuracy['top1']:.1f}" if accuracy else "",
+            f"[{row['format']}]({row['folder']})",
+            f"{row['bytes']:,}",
+            macs.readable(added),
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def figure(rows: Rows):
+    """Bytes on disk against MACs, one line a format.
+
+    Returns:
+      A matplotlib figure, made without a screen.
+    """
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(5.6, 4.0), layout="constrained")
+    axis = fig.subplots()
+    for name in dict.fromkeys(row["format"] for row in rows):
+        mine = [r for r in rows if r["format"] == name]
+        mine.sort(key=lambda r: r["macs_with_padding"]["full"])
+        x = [r["macs_with_padding"]["full"] / 1e6 for r in mine]
+        y = [r["bytes"] / 1e6 for r in mine]
+        axis.plot(x, y, marker="o", markersize=4, label=name)
+    axis.set_xlabel("MMACs an image (full count, padding included)")
+    axis.set_ylabel("MB on disk")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    return fig
+
+
+def left_to_do(todo: list[str]) -> str:
+    """What remains for ONNX, with the commands that do it."""
+    return (
+        "jax2onnx is not installed here, and its pins clash with a new "
+        "orbax-checkpoint. These commands make an environment for it and write the "
+        "ONNX files:\n\n```\n" + "\n".join(todo) + "\n```"
+    )
