@@ -9,7 +9,7 @@ from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import compensation, macs, piad, recalibration, statistics, subnet
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
-from flax_skd.run import commands, recalibrating
+from flax_skd.run import commands, main, recalibrating
 
 WIDTHS = SubnetSpec((6, 0, 3), (6, 0, 9), (30, 13, 0))
 
@@ -255,6 +255,13 @@ def test_a_fifth_of_the_images_is_held_out_and_no_label_is_read(
     fit(network._replace(spec=spec.replace(crop_fraction=1.0)), WIDTHS)
     assert len(seen["fit"]) == 12 and len(seen["held out"]) == 3
     assert len({*seen["fit"], *seen["held out"]}) == 15
+
+
+def test_the_command_names_a_source_that_does_not_serve(tmp_path, capsys):
+    arguments = [f"--workdir={tmp_path}", f"--out={tmp_path}/small", "--budget=0.5"]
+    missing = f"--recalibrate=npz:{tmp_path}/none.npz"
+    assert main.main(["extract", *arguments, missing]) == 1
+    assert "none.npz" in capsys.readouterr().err
 
 
 def test_too_few_images_to_fit_to_are_an_error(tmp_path):

@@ -28,10 +28,13 @@ def command_help(name: str) -> str:
     command = COMMANDS[name]
     lines = [f"flax-skd {name}: {command.summary}.", ""]
     lines += ["example:", f"  flax-skd {name} {command.example}", "", "flags:"]
-    lines += [f"  --{flag:11}{FLAGS[flag][2]}" for flag in command.flags]
+    width = max(map(len, (*command.flags, "config.x"))) + 2
+    lines += [f"  --{flag:{width}}{FLAGS[flag][2]}" for flag in command.flags]
     if command.config:
-        lines += [f"  --{'config':11}config file[:variant]; configs/{command.config}"]
-        lines += ["  --config.x   change one entry of it:", ""]
+        lines += [
+            f"  --{'config':{width}}config file[:variant]; configs/{command.config}"
+        ]
+        lines += [f"  --{'config.x':{width}}change one entry of it:", ""]
         lines += _entries(f"configs/{command.config}")
     return "\n".join(lines)
 

@@ -4,7 +4,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from flax_skd.method import macs
-from flax_skd.run import commands, contracting, demo, exporting, sweeping, training
+from flax_skd.run import (
+    commands,
+    contracting,
+    demo,
+    exporting,
+    recalibrating,
+    sweeping,
+    training,
+)
 
 
 class Command(NamedTuple):
@@ -33,6 +41,8 @@ FLAGS = {  # name: (kind, default, help)
     "budget": ("float", None, "share of the full network's MACs (full count), 0 to 1"),
     "macs": ("float", None, "most multiply-accumulates an image (full count)"),
     "params": ("float", None, "most parameters"),
+    "recalibrate": ("string", "", "source of images to fit the sub-network to"),
+    "recalibrate_images": ("integer", 1000, "how many of them at most"),
     "formats": (
         "string",
         "safetensors",
@@ -69,8 +79,16 @@ def _extract(f: Any) -> str:
             "--params are counts."
         )
     cost = macs.param_count if kind == "params" else macs.macs
+    fit = None
+    if f.recalibrate:
+        fit = recalibrating.fitted_to(f.recalibrate, images=f.recalibrate_images)
     return commands.extract(
-        workdir=f.workdir, out=f.out, overwrite=f.overwrite, cost=cost, limit=limit
+        workdir=f.workdir,
+        out=f.out,
+        overwrite=f.overwrite,
+        cost=cost,
+        limit=limit,
+        fit=fit,
     )
 
 
@@ -146,7 +164,10 @@ COMMANDS = {
         "--workdir and write it to --out",
         "--workdir=DIR --out=SMALL --budget=0.5",
         "",
-        ("workdir", "out", "overwrite", "budget", "macs", "params"),
+        (
+            *("workdir", "out", "overwrite", "budget", "macs", "params"),
+            *("recalibrate", "recalibrate_images"),
+        ),
         _extract,
     ),
     "export": Command(
