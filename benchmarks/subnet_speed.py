@@ -1,15 +1,18 @@
 """Images/s of extracted sub-networks over the full network's, and where time goes.
 
     python benchmarks/subnet_speed.py [--variants=Ti/16,S/16] [--batch_size=32] [--out=DIR]
+        [--lists=docs/networks/cifar10_ti16_64px_piad]
 
 Random weights and images serve: time depends on widths alone. Rows take turns with the
-full network, and ratios are of times side by side.
+full network, and ratios are of times side by side. `--lists` names super-networks: the
+level of each at half of all MACs is measured too, in variants of its sizes.
 """
 
 import argparse
 import json
 import os
 import pathlib
+import time
 from unittest import mock
 
 import flax.linen as nn
@@ -17,12 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_skd.io import checkpoint
 from flax_skd.io.extras import require
-from flax_skd.method import macs, vit
+from flax_skd.method import macs, piad, vit
 from flax_skd.method.attention import einsum_attention
 from flax_skd.method.layers import Linear
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.run import time_budget, timing
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class FusedHeads(nn.Module):
@@ -83,7 +89,22 @@ def no_mixing(q, k, v, scale):
     return v + (q * k).sum(-1, keepdims=True) * scale
 
 
-def rows_of(spec: ViTSpec) -> dict[str, tuple[str, SubnetSpec, object, type]]:
+def listed(spec: ViTSpec, paths: str) -> dict[str, SubnetSpec]:
+    """Title -> widths at half of all MACs, of every list made for these sizes."""
+    found = {}
+    for path in filter(None, paths.split(",")):
+        levels = checkpoint.load_supernet(path).dropout_list
+        full = [tuple(map(int, table[0])) for table in levels[:3]]
+        if SubnetSpec(*full) == SubnetSpec.full(spec):
+            level = piad.level_for(levels, spec, macs.macs(spec) // 2)
+            title = f"level {level} of {pathlib.Path(path).name}"
+            found[title] = levels.widths(level, spec)
+    return found
+
+
+def rows_of(
+    spec: ViTSpec, lists: str
+) -> dict[str, tuple[str, SubnetSpec, object, type]]:
     """Name -> (title, widths, attention function, class of the heads)."""
     d, m = spec.head_dim, spec.mlp_dim
 
@@ -91,6 +112,7 @@ def rows_of(spec: ViTSpec) -> dict[str, tuple[str, SubnetSpec, object, type]]:
         return title, SubnetSpec.uniform(spec, qk, vo, mlp), attention, heads
 
     half = (d // 2, d // 2, m // 2)
+    found = listed(spec, lists)
     return {
         "full": row("full network", d, d, m),
         "full_fused": row("full, q, k, v in one product", d, d, m, heads=FusedHeads),
@@ -105,6 +127,7 @@ def rows_of(spec: ViTSpec) -> dict[str, tuple[str, SubnetSpec, object, type]]:
         "half_heads": row("half of the attention widths", d // 2, d // 2, m),
         "half_mlp": row("half of the MLP", d, d, m // 2),
         "ends": row("embedding and head alone", 0, 0, 0),
+        **{t: (t, w, einsum_attention, vit._Heads) for t, w in found.items()},
     }
 
 
@@ -123,7 +146,7 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, dict]:
     rng = np.random.default_rng(0)
     shape = (args.batch_size, spec.image_size, spec.image_size, 3)
     images = jax.device_put(rng.integers(0, 256, shape, np.uint8))
-    rows, programs, compile_seconds = rows_of(spec), {}, {}
+    rows, programs, compile_seconds = rows_of(spec, args.lists), {}, {}
     for name, (_, widths, attention, heads) in rows.items():
         with mock.patch.object(vit, "_Heads", heads):
             programs[name], compile_seconds[name] = timing.compiled(
@@ -136,7 +159,11 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, dict]:
     total = args.rounds * (len(rows) - 1)
     with require("tqdm").tqdm(desc=variant, total=total, mininterval=5) as bar:
         times = timing.paired(
-            programs, against="full", rounds=args.rounds, progress=bar.update
+            programs,
+            against="full",
+            rounds=args.rounds,
+            clock=CLOCKS[args.clock],
+            progress=bar.update,
         )
     return {
         name: times[name]._asdict()
@@ -166,8 +193,8 @@ def markdown(variant: str, rows: dict[str, dict], args: argparse.Namespace) -> s
     saved = {name: 1 - row["ratio"] for name, row in rows.items()}
     softmax, mixing = 1 - half["half_no_softmax"], 1 - half["half_no_mixing"]
     lines.append(
-        f"\nOf the half network's time, softmax takes {100 * softmax:.0f} % (as much "
-        f"as in the full one), the products with scores {100 * (mixing - softmax):.0f} "
+        f"\nOf the half network's time, softmax takes {100 * softmax:.0f} % (no cut shrinks "
+        f"it), the products with scores {100 * (mixing - softmax):.0f} "
         f"%, embedding and head {100 * half['ends']:.0f} %, the rest "
         f"{100 * (1 - mixing - half['ends']):.0f} %: projections, MLP, LayerNorm. "
         f"Halving attention saves {100 * saved['half_heads']:.0f} % of the full time, "
@@ -185,6 +212,13 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--lists", default="", help="super-networks, between commas")
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=CLOCKS,
+        help="cpu: seconds of all threads, for a CPU that others use too",
+    )
     parser.add_argument(
         "--out", help="directory for subnet_speed.json, subnet_speed.md"
     )
@@ -192,7 +226,7 @@ def main() -> None:
     found = {name: measure(name, args) for name in args.variants.split(",")}
     text = "\n\n".join(markdown(*item, args) for item in found.items())
     text += (
-        f"\n\nMedians of {args.rounds} rounds; {time_budget.device_name()}, "
+        f"\n\nMedians of {args.rounds} rounds, {args.clock} time; {time_budget.device_name()}, "
         f"jax {jax.__version__}."
     )
     print(text)

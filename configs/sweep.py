@@ -24,6 +24,8 @@ def get_config() -> ConfigDict:
     config.cuts = "all"
     config.kept = "1/8,2/8,3/8,4/8,5/8,6/8,7/8,8/8"
     config.every = 4
+    config.profile = ""  # what flax-skd profile wrote here: a figure over time too
+    config.profile_batch = 1
     config.compare = ""  # criteria contracted beside it with config.compare
     config.dtype = "float32"
     config.seed = 0

@@ -19,12 +19,14 @@ from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.statistics import collect
 from flax_skd.method.subnet import extract, masks
 from flax_skd.method.vit import ViT, init
+from flax_skd.run.family import SubnetFamily
 
 __version__ = "0.1.0"
 __all__ = [
     "Compensation",
     "DropoutList",
     "SubNet",
+    "SubnetFamily",
     "SubnetSpec",
     "SuperNet",
     "ViT",

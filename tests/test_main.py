@@ -66,6 +66,7 @@ def _add(tar, name, content):
 def contract_args(files, workdir, *more):
     return [
         "contract",
+        "--config=configs/wpac.py",
         f"--config.model.path={files}/tiny.safetensors",
         "--config.model.recipe=augreg",
         "--config.model.fields.num_heads=2",
@@ -155,6 +156,28 @@ def test_extract_writes_the_largest_network_within_the_budget(
     assert main.main([*args, "--params=12000", "--overwrite"]) == 0
     small = checkpoint.load_subnet(out)
     assert macs.param_count(small.spec, small.widths) <= 12000
+
+
+def test_a_profile_makes_budgets_in_time(supernet, files, capsys):
+    profile, out = files / "profile", files / "quick"
+    args = ["profile", f"--workdir={supernet}", f"--out={profile}"]
+    args += ["--config.batch_size=1", "--config.rounds=1", "--config.shares=0.5"]
+    args += ["--config.stairs=", "--config.levels=1"]
+    extract = ["extract", f"--workdir={supernet}", f"--out={out}"]
+    assert main.main([*extract, "--latency_ms=9"]) == 1
+    assert "flax-skd profile" in capsys.readouterr().err
+    assert main.main(args) == 0
+    extract += [f"--profile={profile}"]
+    assert main.main([*extract, "--latency_ms=1e6"]) == 0
+    assert checkpoint.load_subnet(out).provenance["level"] == 0
+    assert main.main([*extract, "--latency_ms=1e-9", "--overwrite"]) == 1
+    assert main.main([*extract, "--images_per_s=1", "--batch_size=3"]) == 1
+    assert "never profiled" in capsys.readouterr().err
+    sweep = ["sweep", f"--workdir={supernet}", f"--out={files}/timed"]
+    sweep += [f"--config.data.source=tar:{files}/images.tar", "--config.kept=1/2"]
+    sweep += ["--config.data.batch_size=16", f"--config.profile={profile}"]
+    assert main.main(sweep) == 0
+    assert (files / "timed" / "latency.png").stat().st_size > 1000
 
 
 def test_convert_writes_our_format_and_timm_back_bit_for_bit(files, spec, params):

@@ -40,7 +40,7 @@ FLOORS = {
         [
             *("method.contraction", "method.importance", "method.piad"),
             *("method.growth", "method.allocation", "method.packing"),
-            *("method.balance", "method.recalibration"),
+            *("method.balance", "method.recalibration", "method.latency"),
         ],
         3,
     ),
@@ -52,6 +52,7 @@ FLOORS = {
             *("run.interrupt", "run.elastic", "run.distillation", "run.mixing"),
             *("run.progress", "run.evaluate", "run.report"),
             *("run.recipes", "run.unit_choice", "run.export_index"),
+            *("run.timing", "run.time_budget", "run.profile_report", "run.family"),
         ],
         5,
     ),
@@ -61,6 +62,7 @@ FLOORS = {
             *("run.config_files", "run.feed", "run.programs", "run.sweeping"),
             "run.contracting",
             *("run.subcommands", "run.recalibrating", "run.exporting"),
+            "run.profiling",
         ],
         6,
     ),
@@ -81,6 +83,7 @@ ALONG_A_FLOOR = {
     ("method.allocation", "method.piad"),
     ("method.statistics", "method.second_moments"),
     ("method.contraction", "method.balance"),
+    ("method.latency", "method.piad"),
 }
 LIGHT = {"jax", "flax", "optax", "numpy", "flax_skd", *sys.stdlib_module_names}
 

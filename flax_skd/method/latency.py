@@ -183,11 +183,12 @@ def design(
         }
         found[f"{kind} {share:g}"] = full._replace(**cut)
     for name in ("heads", "mlp", "all"):
-        gone = {
-            f: tuple(w * (i % 2) for i, w in enumerate(getattr(full, f)))
-            for f in kinds[name]
-        }
-        found[f"{name} in every other block"] = full._replace(**gone)
+        for where, kept in (("every other block", 1), ("every block", 0)):
+            gone = {
+                f: tuple(w * kept * (i % 2) for i, w in enumerate(getattr(full, f)))
+                for f in kinds[name]
+            }
+            found[f"no {name} in {where}"] = full._replace(**gone)
     return {name: widths.check(spec) for name, widths in found.items()}
 
 
@@ -215,8 +216,8 @@ def in_lanes(
 ) -> DropoutList:
     """The list with every width rounded up to what the hardware likes.
 
-    Rounding keeps more dims and the order of levels: still nested, never less accurate
-    by design, and no slower where a width just above a multiple costs the next one.
+    Levels keep their order and only gain dims: for nothing, where the hardware takes as
+    long for a width as for the next multiple.
 
     Args:
       dropout_list: its levels stay as many.

@@ -137,6 +137,7 @@ def extract(
     cost: Any,
     limit: float,
     fit: Callable[..., Any] | None = None,
+    prepare: Callable[[SuperNet], SuperNet] = lambda supernet: supernet,
 ) -> str:
     """The largest sub-network of a super-network within a budget, on its own.
 
@@ -144,8 +145,9 @@ def extract(
       cost: function of (spec, widths) the budget is counted in.
       limit: the most it may be; at most 1 is a share of the full network.
       fit: function (supernet, widths) -> `recalibrating.Recalibrated`, or none.
+      prepare: what is done to the super-network first.
     """
-    supernet = checkpoint.load_supernet(workdir)
+    supernet = prepare(checkpoint.load_supernet(workdir))
     small, level = subnet_within(supernet, cost=cost, limit=limit)
     facts = {"parent": pathlib.Path(workdir).name, "level": level}
     facts["supernet"] = supernet.provenance

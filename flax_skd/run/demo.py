@@ -10,18 +10,38 @@ import numpy as np
 
 from flax_skd.io import checkpoint, data, sources
 from flax_skd.io.checkpoint import SuperNet
-from flax_skd.method import contraction, macs, piad, subnet
+from flax_skd.method import compensation, macs, piad, subnet
+from flax_skd.method.contraction import CRITERIA
 from flax_skd.method.vit import ViT
-from flax_skd.run import commands, config_files, evaluate, report, sweeping, training
+from flax_skd.run import (
+    commands,
+    config_files,
+    evaluate,
+    recipes,
+    report,
+    sweeping,
+    training,
+)
+from flax_skd.run.recipes import Recipe
 
-CRITERIA = ("wpac", "taylor1", "pca")
+# As of configs/balanced.py, and plain criteria beside it.
+RECIPES = {
+    "balanced": Recipe(CRITERIA["balanced"], "greedy", "least_squares"),
+    **{name: Recipe(CRITERIA[name]) for name in ("wpac", "taylor1", "pca")},
+}
+START = "balanced"
 EIGHTHS = tuple(i / 8 for i in range(1, 9))
 PARTS = ("train", "contracted", "piad", "subnet", "finetune", "supernet")
 FILES = ("sweep.json", "sweep.csv", "sweep.png", "list.png")
 
 
 def run(
-    folder: str, *, overwrite: bool = False, fast: bool = False, seed: int = 0
+    folder: str,
+    *,
+    overwrite: bool = False,
+    fast: bool = False,
+    seed: int = 0,
+    start: str = START,
 ) -> str:
     """Trains, contracts, trains every size, sweeps, extracts, reloads, fine-tunes.
 
@@ -30,6 +50,7 @@ def run(
       overwrite: delete the demo that is there.
       fast: train a third as long.
       seed: of all three trainings.
+      start: key of `RECIPES`, whose network PIAD trains.
 
     Returns:
       The table and where things lie.
@@ -44,20 +65,18 @@ def run(
     train("scratch", "train")
     trained = checkpoint.load_supernet(path / "train" / training.NETWORK)
 
-    _say("2/6  WPAC: rotating every head, what matters first ...")
+    _say("2/6  closed forms: in every head and MLP, what matters first ...")
     networks = contracted(trained)
-    wpac = trained._replace(
-        params=networks["wpac"], dropout_list=piad.uniform(trained.spec)
-    )
-    wpac = commands.stamped(wpac, {"criterion": "wpac", "trained_on": "digits:train"})
-    checkpoint.save_supernet(path / "contracted", wpac)
+    first = networks[start]._replace(dropout_list=piad.uniform(trained.spec))
+    first = commands.stamped(first, {"criterion": start, "trained_on": "digits:train"})
+    checkpoint.save_supernet(path / "contracted", first)
 
     _say("3/6  PIAD: training so that every prefix is a good network ...")
     train("piad", "piad", start="contracted")
     supernet = checkpoint.load_supernet(path / "piad" / training.NETWORK)
     checkpoint.save_supernet(path / "supernet", supernet)
 
-    _say("4/6  every size: as it comes, after WPAC, after PIAD ...")
+    _say("4/6  every size: as it comes, after closed forms, after PIAD ...")
     test = sources.open_source("digits:test", num_classes=trained.spec.num_classes)
     batches = data.eval_batches(test, trained.spec, batch_size=batch_size())
     rows = _sweep(networks, supernet, batches)
@@ -75,7 +94,8 @@ def run(
 {report.pivot(rows)}
 
 Top-1 in %, {batches.num_examples} test images; kept is the share of the block MACs. "none" is
-the network as trained; only "piad" trains anything after the cut.
+the network as trained, "wpac" the paper's rotation, "balanced" our closed forms; only
+"piad" trains anything after the cut.
 Half-size network reloaded from disk: {share:.0%} of all MACs, logits equal to the
 super-network's at that level to {worst:.0e}. Fine-tuned: {tuned}.
 
@@ -114,8 +134,7 @@ def _sweep(networks: dict, supernet: SuperNet, batches: data.EvalBatches):
             cut = evaluate.list_cut(spec, levels, level)
             learnt.append(cut._replace(kept=share))
     rows = sweeping.run_sweep({"piad": supernet}, model, batches, learnt)
-    others = {name: supernet._replace(params=p) for name, p in networks.items()}
-    return rows + sweeping.run_sweep(others, model, batches, uniform)
+    return rows + sweeping.run_sweep(networks, model, batches, uniform)
 
 
 def batch_size() -> int:
@@ -124,22 +143,24 @@ def batch_size() -> int:
     return -(-75 // devices) * devices
 
 
-def contracted(trained: SuperNet) -> dict[str, dict]:
-    """The trained parameters under each criterion, and as they came."""
+def contracted(trained: SuperNet) -> dict[str, SuperNet]:
+    """The trained network under each recipe, and as it came."""
     train = sources.open_source("digits:train", num_classes=trained.spec.num_classes)
     calibration = sources.take(train, 1024)
+    made = RECIPES.values()
     stats = commands.calibrate(
         trained,
         data.eval_batches(calibration, trained.spec, batch_size=64),
         cost="logit",
         dtype=commands.dtype_named("float32"),
-        weightings=("plain", "taylor"),
+        weightings=tuple(sorted({w for r in made for w in r.criterion.weightings})),
+        moments=tuple(sorted({m for r in made for m in r.moments()})),
     )
     networks = {
-        name: contraction.contract(trained.params, trained.spec, stats, criterion=name)
-        for name in CRITERIA
+        name: recipes.contracted(trained, stats, recipe)
+        for name, recipe in RECIPES.items()
     }
-    return {**networks, "none": trained.params}
+    return {**networks, "none": trained}
 
 
 def _half_size(supernet: SuperNet, target: pathlib.Path, images: np.ndarray):
@@ -148,14 +169,13 @@ def _half_size(supernet: SuperNet, target: pathlib.Path, images: np.ndarray):
     ends, full = macs.costs(spec).embed_and_head, macs.macs(spec)
     level = piad.level_for(supernet.dropout_list, spec, (ends + full) // 2)
     widths = supernet.dropout_list.widths(level, spec)
-    params = subnet.extract(supernet.params, widths)
+    whole = compensation.repaired(supernet.params, spec, supernet.compensation, widths)
+    params = subnet.extract(whole, widths)
     facts = {"level": level, "supernet": supernet.provenance}
     checkpoint.save_subnet(target, checkpoint.SubNet(params, spec, widths, facts))
     small = checkpoint.load_subnet(target)
     alone = ViT(small.spec, small.widths).apply({"params": small.params}, images)
-    masked = ViT(spec).apply(
-        {"params": supernet.params}, images, subnet.masks(spec, widths)
-    )
+    masked = ViT(spec).apply({"params": whole}, images, subnet.masks(spec, widths))
     worst = float(np.abs(np.asarray(alone) - np.asarray(masked)).max())
     if not worst < 1e-4:
         raise RuntimeError(

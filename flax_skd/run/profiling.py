@@ -28,6 +28,9 @@ def profile(config: Any, *, workdir: str, out: str, overwrite: bool) -> str:
       overwrite: replace the one that is there.
     """
     folder.check_target(folder.local(out), FILES, overwrite)
+    for name in ("batch_size", "rounds", "attn_lane", "mlp_lane"):
+        if config[name] < 1:
+            raise ValueError(f"config.{name} = {config[name]} must be at least 1.")
     supernet = checkpoint.load_supernet(workdir)
     lanes = {"attn_lane": config.attn_lane, "mlp_lane": config.mlp_lane}
     networks = _networks(supernet, config, lanes)
@@ -60,7 +63,7 @@ def _networks(
 ) -> dict[str, tuple[str, SubnetSpec]]:
     """Name -> (what it is for: fit, check or stairs; widths), no widths twice."""
     spec = supernet.spec
-    shares = [float(share) for share in commands.listed(config.shares)]
+    shares = _numbers(config, "shares", float)
     found = {
         name: ("fit", widths)
         for name, widths in latency.design(spec, shares=shares, **lanes).items()
@@ -69,11 +72,20 @@ def _networks(
     last = int(levels.levels)
     for level in np.linspace(0, last, config.levels + 1).round().astype(int)[1:]:
         found[f"level {level}"] = ("check", levels.widths(int(level), spec))
-    above = [int(more) for more in commands.listed(config.stairs)]
+    above = _numbers(config, "stairs", int)
     for name, widths in latency.stairs(spec, above_half=above).items():
         found[name] = ("stairs", widths)
     taken = {widths for use, widths in found.values() if use == "fit"}
     return {n: (u, w) for n, (u, w) in found.items() if u != "check" or w not in taken}
+
+
+def _numbers(config: Any, name: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in commands.listed(config[name])]
+    except ValueError as error:
+        raise ValueError(
+            f"config.{name} = {config[name]!r}: numbers between commas ({error})."
+        ) from error
 
 
 def _measured(

@@ -3,8 +3,7 @@
 import csv
 import json
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax_skd.io.extras import require
 from flax_skd.method import macs
@@ -99,8 +98,27 @@ def write(directory: str | pathlib.Path, rows: Rows, *, title: str) -> list[str]
     return [str(p) for p in paths]
 
 
-def figure(rows: Rows, *, title: str):
-    """Accuracy against MACs, one panel a cut and one line a criterion.
+class Axis(NamedTuple):
+    """What sizes are drawn along.
+
+    Attributes:
+      key: of a row.
+      label: what it is, and its unit.
+      unit: what a row's number is divided by.
+    """
+
+    key: str
+    label: str
+    unit: float
+
+
+def figure(rows: Rows, *, title: str, along: Axis | None = None):
+    """Accuracy against size, one panel a cut and one line a criterion.
+
+    Args:
+      rows: of a sweep.
+      title: of the figure.
+      along: which size; MACs unless told otherwise.
 
     Returns:
       A matplotlib figure, made without a screen.
@@ -112,14 +130,16 @@ def figure(rows: Rows, *, title: str):
     fig = Figure(figsize=(max(5.2, 3.6 * len(panels)), 4.2), layout="constrained")
     axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     criteria = list(dict.fromkeys(r["criterion"] for r in rows))
-    unit, size = _unit(max(r["macs"] for r in rows))
+    if along is None:
+        unit, size = _unit(max(r["macs"] for r in rows))
+        along = Axis("macs", f"{unit} an image (full count)", size)
     for axis, cut in zip(axes, panels):
         for i, name in enumerate(criteria):
             mine = [r for r in rows if r["criterion"] == name]
             points = [r for r in mine if r["cut"] == cut or r["kept"] == 1]
-            _line(axis, points, name, size, first=i == 0)
+            _line(axis, points, name, along, first=i == 0)
         axis.set_title(_panel_title(cut), fontsize=10)
-        axis.set_xlabel(f"{unit} an image (full count)")
+        axis.set_xlabel(along.label)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("top-1 accuracy, %")
@@ -174,10 +194,10 @@ def list_figure(dropout_list: DropoutList, spec: ViTSpec, *, title: str):
     return fig
 
 
-def _line(axis, points: Sequence[dict[str, Any]], name: str, size: int, *, first: bool):
-    points = sorted(points, key=lambda r: r["macs"])
+def _line(axis, points: Rows, name: str, along: Axis, *, first: bool):
+    points = sorted(points, key=lambda r: r[along.key])
     axis.plot(
-        [r["macs"] / size for r in points],
+        [r[along.key] / along.unit for r in points],
         [r["top1"] for r in points],
         marker="o",
         markersize=4,

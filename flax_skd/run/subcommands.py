@@ -1,5 +1,6 @@
 """The table of subcommands: what each takes, and the function that runs it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,8 +10,10 @@ from flax_skd.run import (
     contracting,
     demo,
     exporting,
+    profiling,
     recalibrating,
     sweeping,
+    time_budget,
     training,
 )
 
@@ -41,6 +44,10 @@ FLAGS = {  # name: (kind, default, help)
     "budget": ("float", None, "share of the full network's MACs (full count), 0 to 1"),
     "macs": ("float", None, "most multiply-accumulates an image (full count)"),
     "params": ("float", None, "most parameters"),
+    "latency_ms": ("float", None, "most milliseconds a batch of 1 (with --profile)"),
+    "images_per_s": ("float", None, "least images a second (with --profile)"),
+    "profile": ("string", "", "directory that flax-skd profile wrote on this device"),
+    "batch_size": ("integer", None, "of --latency_ms or --images_per_s, as profiled"),
     "recalibrate": ("string", "", "source of images to fit the sub-network to"),
     "recalibrate_images": ("integer", 1000, "how many of them at most"),
     "formats": (
@@ -63,33 +70,34 @@ FLAGS = {  # name: (kind, default, help)
 HOSTS = ("coordinator", "processes", "process", "distributed")
 
 
+BUDGETS = ("budget", "macs", "params", "latency_ms", "images_per_s")
+
+
 def _extract(f: Any) -> str:
-    given = {
-        k: v for k in ("budget", "macs", "params") if (v := f[k].value) is not None
-    }
+    given = {k: v for k in BUDGETS if (v := f[k].value) is not None}
     if len(given) != 1:
         raise ValueError(
-            "give exactly one of --budget (share of the MACs), --macs and --params; "
-            f"got {sorted(given) or 'none'}."
+            "give exactly one of --budget (share of the MACs), --macs, --params, "
+            f"--latency_ms and --images_per_s; got {sorted(given) or 'none'}."
         )
+    fit = None
+    if f.recalibrate:
+        fit = recalibrating.fitted_to(f.recalibrate, images=f.recalibrate_images)
+    write = functools.partial(
+        commands.extract, workdir=f.workdir, out=f.out, overwrite=f.overwrite, fit=fit
+    )
     ((kind, limit),) = given.items()
+    if kind in ("latency_ms", "images_per_s"):
+        profile = time_budget.read(f.profile)
+        fits = time_budget.budget(profile, **given, batch_size=f.batch_size)
+        return write(cost=fits.cost, limit=fits.limit, prepare=fits.prepare)
     if (kind == "budget") != (limit <= 1):
         raise ValueError(
             f"--{kind}={limit:g}: --budget is a share, above 0 and at most 1; --macs and "
             "--params are counts."
         )
     cost = macs.param_count if kind == "params" else macs.macs
-    fit = None
-    if f.recalibrate:
-        fit = recalibrating.fitted_to(f.recalibrate, images=f.recalibrate_images)
-    return commands.extract(
-        workdir=f.workdir,
-        out=f.out,
-        overwrite=f.overwrite,
-        cost=cost,
-        limit=limit,
-        fit=fit,
-    )
+    return write(cost=cost, limit=limit)
 
 
 def _export(f: Any) -> str:
@@ -129,9 +137,9 @@ COMMANDS = {
     ),
     "contract": Command(
         "turn a pre-trained ViT into a super-network in --workdir",
-        "--config=configs/wpac.py:Ti/16 --config.model.path=FILE "
+        "--config=configs/balanced.py:Ti/16 --config.model.path=FILE "
         "--config.model.recipe=augreg --config.data.source=tar:IMAGES.tar --workdir=DIR",
-        "wpac.py",
+        "balanced.py",
         ("workdir", "overwrite", *HOSTS),
         lambda f: contracting.contract(
             f.config, workdir=f.workdir, overwrite=f.overwrite
@@ -165,10 +173,20 @@ COMMANDS = {
         "--workdir=DIR --out=SMALL --budget=0.5",
         "",
         (
-            *("workdir", "out", "overwrite", "budget", "macs", "params"),
+            *("workdir", "out", "overwrite", *BUDGETS, "profile", "batch_size"),
             *("recalibrate", "recalibrate_images"),
         ),
         _extract,
+    ),
+    "profile": Command(
+        "measure what sub-networks of the super-network in --workdir take on this "
+        "device, for budgets in time, and write it to --out",
+        "--workdir=DIR --out=PROFILE",
+        "profile.py",
+        ("workdir", "out", "overwrite"),
+        lambda f: profiling.profile(
+            f.config, workdir=f.workdir, out=f.out, overwrite=f.overwrite
+        ),
     ),
     "export": Command(
         "write sub-networks of the super-network, or the one sub-network, in --workdir "
@@ -182,4 +200,7 @@ COMMANDS = {
         _export,
     ),
 }
-REQUIRED = {"extract": ("workdir", "out"), "export": ("workdir", "out"), "demo": ()}
+REQUIRED = {
+    **dict.fromkeys(("extract", "export", "profile"), ("workdir", "out")),
+    "demo": (),
+}

@@ -12,7 +12,7 @@ from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import macs, piad
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
-from flax_skd.run import commands, evaluate, feed, report, sharding
+from flax_skd.run import commands, evaluate, feed, report, sharding, time_budget
 
 _LOG = logging.getLogger(__name__)
 
@@ -68,6 +68,8 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
         done.extend(fresh)
         if writes:
             report.write(folder, done, title=title)
+        if writes and config.profile:
+            _draw_over_time(config, main.spec, cuts, done, folder, title=title)
         _LOG.info("%s: %d rows of %d images", name, len(fresh), fresh[0]["images"])
 
     run_sweep(
@@ -78,6 +80,17 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
         after_each=keep,
     )
     return f"{report.table(done)}\n\nwrote {folder}/sweep.json, sweep.csv, sweep.png, list.png"
+
+
+def _draw_over_time(config, spec, cuts, rows, folder, *, title: str) -> None:
+    """`latency.png`: the same rows along the time that a profile predicts."""
+    found = time_budget.read(config.profile, dtype=config.dtype)
+    milliseconds = time_budget.milliseconds(found, config.profile_batch)
+    at = {(c.cut, c.kept, c.level): milliseconds(spec, c.widths) for c in cuts}
+    rows = [r | {"ms": at[r["cut"], r["kept"], r["level"]]} for r in rows]
+    label = f"predicted ms for a batch of {config.profile_batch}"
+    drawn = report.figure(rows, title=title, along=report.Axis("ms", label, 1))
+    drawn.savefig(folder / "latency.png", dpi=150)
 
 
 def _finished(path: pathlib.Path, *, overwrite: bool, resume: bool) -> report.Rows:

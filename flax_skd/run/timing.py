@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flax_skd.method import attention, subnet
+from flax_skd.method import subnet
+from flax_skd.method.attention import einsum_attention
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import Params, ViT
 
@@ -99,7 +100,7 @@ def compiled(
     images: jax.Array,
     *,
     dtype: Any,
-    attention: Callable[..., Any] = attention.einsum_attention,
+    attention: Callable[..., Any] = einsum_attention,
 ) -> tuple[Program, float]:
     """An extracted sub-network as a program, and the seconds its compilation took.
 
