@@ -503,6 +503,8 @@ def test_where_jax2onnx_is_absent_the_commands_that_finish_are_printed(
     out = tmp_path / "ladder dir"
     assert exported(workdir, out, "--formats=onnx", "--budgets=0.5", "--opset=18") == 0
     commands = json.loads((out / "index.json").read_text())["commands"]
+    script = (out / "finish_onnx.sh").read_text().splitlines()
+    assert script[:2] == ["#!/bin/sh", "set -e"] and script[2:] == commands
     printed, page = capsys.readouterr().out, (out / "index.md").read_text()
     assert all(line in printed and line in page for line in commands)
     small = out / "budget_0.5" / "safetensors"

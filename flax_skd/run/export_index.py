@@ -8,6 +8,7 @@ from flax_skd.io.extras import require
 from flax_skd.method import macs
 
 FILES = ("index.json", "index.md", "index.png")
+SCRIPT = "finish_onnx.sh"  # where something is left to do
 Rows = list[dict[str, Any]]
 _HEADINGS = ("budget", "level", "MACs (full count)", "MACs (paper's)", "parameters")
 _HEADINGS += ("top-1 %", "format", "bytes", "MACs of padding")
@@ -25,7 +26,7 @@ def written_before(target: pathlib.Path) -> tuple[str, ...]:
 def write(
     directory: pathlib.Path, rows: Rows, *, todo: list[str], files: list[str]
 ) -> None:
-    """Writes `index.json`, `index.md` and `index.png`.
+    """Writes `index.json`, `index.md`, `index.png`, and `SCRIPT` if need be.
 
     Args:
       directory: being filled.
@@ -38,6 +39,8 @@ def write(
     text = f"# Exported sub-networks\n\n{table(rows)}\n\n![sizes](index.png)\n"
     if todo:
         text += f"\n{left_to_do(todo)}\n"
+        script = "\n".join(["#!/bin/sh", "set -e", *todo])
+        (directory / SCRIPT).write_text(f"{script}\n", encoding="utf-8")
     (directory / FILES[1]).write_text(text, encoding="utf-8")
     figure(rows).savefig(directory / FILES[2], dpi=150)
 
@@ -93,5 +96,7 @@ def left_to_do(todo: list[str]) -> str:
     return (
         "jax2onnx is not installed here, and its pins clash with a new "
         "orbax-checkpoint. These commands make an environment for it and write the "
-        "ONNX files:\n\n```\n" + "\n".join(todo) + "\n```"
+        f"ONNX files; `sh {SCRIPT}`, beside the index, runs them:\n\n```\n"
+        + "\n".join(todo)
+        + "\n```"
     )

@@ -73,6 +73,7 @@ def export(
     folder.check_target(target, files, overwrite)
     wanted, later = _written_here(wanted)
     todo = _onnx_commands(target, networks, options["opset"]) if later else []
+    names += [export_index.SCRIPT] if todo else []
     rows: export_index.Rows = []
 
     def fill(fresh: pathlib.Path) -> None:
