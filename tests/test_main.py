@@ -444,9 +444,9 @@ def test_the_readme_leads_with_the_two_commands_and_ci_runs_the_second():
     assert "pip install '.[test]' && pytest" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_the_twelve_lines_of_the_readme_run(files, monkeypatch):
+def test_the_python_of_the_readme_runs(supernet, files, monkeypatch):
     readme = (ROOT / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    code, served = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert len(code.strip().splitlines()) <= 13
     monkeypatch.chdir(files)
     # The tiny network instead of the real one; its tar has labels of its own.
@@ -458,6 +458,13 @@ def test_the_twelve_lines_of_the_readme_run(files, monkeypatch):
     spec, widths = names["net"].spec, names["widths"]
     assert names["logits"].shape == (50, spec.num_classes)
     assert macs.macs(spec, widths) <= 0.75 * macs.macs(spec)
+    # Of the profile there is a test above.
+    served = served.replace(', profile="profile"', "")
+    served = re.sub(r"family.use\(latency_ms.*\n", "", served)
+    names["images"] = names["batch"]["image"]
+    exec(served, names)  # noqa: S102
+    assert names["family"].level == 12
+    assert names["logits"].shape == (50, spec.num_classes)
 
 
 def test_resuming_on_another_dataset_is_refused(tmp_path, capsys):
