@@ -21,125 +21,15 @@ from collections.abc import Callable, Iterator
 
 import harness as common
 import rival_forms
-from harness import Harness, Scores
+from harness import Harness
+from variants import OURS, PARTS, WPAC, Cuts, Row, corp_of, of_recipe
 
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import costs, second_moments
-from flax_skd.method.balance import Balanced
-from flax_skd.method.contraction import CRITERIA, balanced_criterion
 from flax_skd.method.spec import SubnetSpec
-from flax_skd.run import evaluate, recalibrating
+from flax_skd.run import recalibrating
 from flax_skd.run.recipes import Recipe
 
-WPAC = CRITERIA["wpac"]
-BALANCED = CRITERIA["balanced"]
-OURS = Recipe(BALANCED, "greedy", "least_squares")
-
-# Cut, share, variant, and what measures it.
-Row = tuple[str, float, str, Callable[[], Scores]]
-# Of a harness and a cut: share -> the network and what it keeps.
-Cuts = Callable[[float], tuple[SuperNet, SubnetSpec]]
-Variant = Recipe | Callable[[Harness, str], Cuts]
-
-
-def _variance_pruned(harness: Harness, cut: str) -> Cuts:
-    network = rival_forms.variance_pruned(harness.network, harness.stats())
-
-    def of(share: float):
-        spec, levels = network.spec, network.dropout_list
-        limit = share * spec.depth * spec.mlp_dim
-        rows = (levels.widths(i, spec) for i in range(int(levels.levels) + 1))
-        return network, next(row for row in rows if sum(row.mlp_dim) <= limit)
-
-    return of
-
-
-def _corp(harness: Harness, cut: str) -> Cuts:
-    rival = _corp_of(harness)
-
-    def of(share: float):
-        widths = evaluate.fixed_cut(harness.network.spec, cut, share).widths
-        return rival.at(widths), widths
-
-    return of
-
-
-@functools.cache
-def _corp_of(harness: Harness) -> rival_forms.Corp:
-    return rival_forms.Corp(harness.network, harness.stats(), harness.batches())
-
-
-def _of_recipe(recipe: Recipe, harness: Harness, cut: str) -> Cuts:
-    network = harness.contracted(recipe)
-    return lambda share: (
-        network,
-        evaluate.fixed_cut(network.spec, cut, share).widths,
-    )
-
-
-# Cut -> shares -> variants; the first is what the others are compared with.
-PARTS: dict[tuple[str, tuple[float, ...]], dict[str, Variant]] = {
-    ("attention", (3 / 4, 2 / 4)): {
-        "wpac": Recipe(WPAC),
-        "taylor1": Recipe(CRITERIA["taylor1"]),
-        "pca": Recipe(CRITERIA["pca"]),
-        "clover": Recipe(rival_forms.CLOVER),
-        "balanced": Recipe(BALANCED),
-        "balanced + mean": Recipe(BALANCED, compensation="mean"),
-        "balanced + least squares": Recipe(BALANCED, compensation="least_squares"),
-    },
-    ("qk", (1 / 4, 1 / 8)): {
-        "wpac": Recipe(WPAC),
-        "taylor1": Recipe(CRITERIA["taylor1"]),
-        "pca": Recipe(CRITERIA["pca"]),
-        "clover": Recipe(rival_forms.CLOVER),
-        "corp": _corp,
-        "balanced, plain tokens": Recipe(
-            balanced_criterion(Balanced(query="plain", key="plain", parts=("qk",)))
-        ),
-        "balanced, weighted queries": Recipe(
-            balanced_criterion(Balanced(key="plain", parts=("qk",)))
-        ),
-        "balanced": Recipe(BALANCED),
-        "balanced, attended keys": Recipe(
-            balanced_criterion(Balanced(keys="attended", parts=("qk",)))
-        ),
-    },
-    ("vo", (2 / 4, 1 / 4)): {
-        "wpac": Recipe(WPAC),
-        "wpac + least squares": Recipe(WPAC, compensation="least_squares"),
-        "clover": Recipe(rival_forms.CLOVER),
-        "balanced": Recipe(BALANCED),
-        "balanced + least squares": Recipe(BALANCED, compensation="least_squares"),
-        "balanced + least squares, plain tokens": Recipe(
-            balanced_criterion(Balanced(mixed="plain", parts=("vo",))),
-            compensation="least_squares",
-            tokens="plain",
-        ),
-        "balanced, gradient metric + least squares": Recipe(
-            balanced_criterion(Balanced(metric="gradient", parts=("vo",))),
-            compensation="least_squares",
-        ),
-    },
-    ("mlp", (3 / 4, 2 / 4, 1 / 4)): {
-        "taylor2": Recipe(WPAC),
-        "taylor2 + mean": Recipe(WPAC, compensation="mean"),
-        "taylor2 + least squares": Recipe(WPAC, compensation="least_squares"),
-        "variance-based pruning": _variance_pruned,
-        "variance-based pruning, blocks alike": Recipe(
-            WPAC, "variance", "mean", "plain"
-        ),
-        "corp": _corp,
-        "variance * weight + least squares": Recipe(
-            WPAC, "variance_weight", "least_squares"
-        ),
-        "greedy + least squares, plain tokens": Recipe(
-            WPAC, "greedy", "least_squares", "plain"
-        ),
-        "greedy + least squares": Recipe(WPAC, "greedy", "least_squares"),
-        "measured order + least squares": Recipe(WPAC, "measured", "least_squares"),
-    },
-}
 BUDGETS = (10 / 12, 8 / 12, 6 / 12, 4 / 12)
 
 
@@ -152,7 +42,7 @@ def parts(harness: Harness, cuts: list[str]) -> Iterator[Row]:
         if cuts and cut not in cuts:
             continue
         for name, variant in variants.items():
-            make = functools.partial(_of_recipe, variant)
+            make = functools.partial(of_recipe, variant)
             if not isinstance(variant, Recipe):
                 make = variant
             made = functools.cache(functools.partial(make, harness, cut))
@@ -188,7 +78,7 @@ def whole(harness: Harness, cuts: list[str]) -> Iterator[Row]:
         "wpac, uniform": listed(wpac, "uniform"),
         "clover, uniform": listed(clover, "uniform"),
         "variance-based pruning, MLP alone": functools.cache(pruned),
-        "corp, uniform q/k and MLP": lambda: _corp_of(harness).network,
+        "corp, uniform q/k and MLP": lambda: corp_of(harness).network,
         "ours, uniform": alike,
         "ours, importance list": listed(ours, "importance"),
         "ours, list by loss": listed(ours, "loss"),
@@ -204,7 +94,7 @@ def _whole(harness: Harness, name: str, make: Callable[[], SuperNet], share: flo
     network = make()
     widths = harness.within(network, share)
     if name.startswith("corp"):
-        network = _corp_of(harness).at(widths)
+        network = corp_of(harness).at(widths)
     if name.endswith("recalibrated"):
         network = _recalibrated(harness, network, widths)
     return harness.scores(network, widths)
