@@ -1,10 +1,10 @@
-"""Time of the masked PIAD step over the dense step of the same network.
+"""Time of a PIAD step, masked or in compiled sizes, over the dense step of the network.
 
     python benchmarks/piad_step.py [--variant=Ti/16] [--image_size=224] [--out=DIR]
 
-Both are `train.train_step` with AdamW, side by side, taking turns; random weights and
-images serve. The PIAD step draws a level of a real list's size each time, and must be
-compiled once.
+All are `train.train_step` with AdamW, side by side, taking turns; random weights and
+images serve. The masked step is compiled once and pays for the whole network at every
+level; compiled sizes (`run.buckets`) are a few programs, each paying for its own.
 """
 
 import argparse
@@ -12,43 +12,69 @@ import functools
 import json
 import os
 import pathlib
-import statistics
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flax_skd.io.extras import require
 from flax_skd.method import piad, vit
 from flax_skd.method.spec import ViTSpec
-from flax_skd.run import objective, train
+from flax_skd.run import buckets, objective, train
 
 
-def steps_of(spec: ViTSpec, batch: dict, traces: list[str]):
-    """(state, compiled step) of dense and of PIAD training."""
-    model, optimizer = vit.ViT(spec), train.make_optimizer(1e-4)
-    losses = {
-        "dense": objective.classification_loss(model),
-        "piad": objective.classification_loss(
-            model, cut_of=objective.sampled_levels(spec)
+def steps_of(spec: ViTSpec, shares: tuple[float, ...]):
+    """(name, state, function of the step -> (extra, loss)) of each kind of training."""
+    levels = piad.uniform(spec)
+
+    def bucket_loss(within):
+        return objective.classification_loss(
+            vit.ViT(spec, within), cut_of=objective.levels_within(spec, within)
+        )
+
+    taken = buckets.Buckets(spec, bucket_loss, shares=shares, seed=0)
+    window = np.zeros(2, np.int32)
+    kinds = {
+        "dense": objective.classification_loss(vit.ViT(spec)),
+        "masked": objective.classification_loss(
+            vit.ViT(spec), cut_of=objective.sampled_levels(spec)
         ),
+        "compiled sizes": None,
     }
-    for name, loss in losses.items():
-
-        def counted(*args, name=name, loss=loss):
-            traces.append(name)
-            return loss(*args)
-
+    for name, loss in kinds.items():
+        extra = objective.Elastic(levels, None, window)
         state = train.initial_state(
             vit.init(spec, jax.random.key(0)),
-            optimizer,
+            train.make_optimizer(1e-4),
             jax.random.key(1),
-            extra=objective.Elastic(piad.uniform(spec)),
+            extra=extra,
         )
-        step = functools.partial(
-            train.train_step, loss=counted, optimizer=optimizer, ema_decay=0.999
-        )
-        yield name, [state, jax.jit(step, donate_argnums=0)]
+        before_step = taken.before_step
+        if loss:
+            before_step = functools.partial(_always, loss)
+        yield name, state, before_step
+
+
+def _always(loss, step, extra):
+    del step
+    return extra, loss
+
+
+def compiled(loss, name: str, traces: list[str]):
+    """The jitted step of a loss."""
+
+    def counted(*args):
+        traces.append(name)
+        return loss(*args)
+
+    step = functools.partial(
+        train.train_step,
+        loss=counted,
+        optimizer=train.make_optimizer(1e-4),
+        ema_decay=0.999,
+    )
+    return jax.jit(step, donate_argnums=0)
 
 
 def main() -> None:
@@ -57,10 +83,12 @@ def main() -> None:
     parser.add_argument("--variant", default="Ti/16", help="such as S/16")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=32)
+    parser.add_argument("--shares", default="0.75,0.5,0.3", help="compiled sizes")
     parser.add_argument("--out", help="directory for piad_step.json and piad_step.md")
     args = parser.parse_args()
     spec = ViTSpec.named(args.variant, image_size=args.image_size)
+    shares = tuple(map(float, args.shares.split(",")))
     rng = np.random.default_rng(0)
     shape = (args.batch_size, spec.image_size, spec.image_size, 3)
     batch = {
@@ -68,39 +96,63 @@ def main() -> None:
         "label": rng.integers(0, spec.num_classes, args.batch_size, np.int32),
     }
     traces: list[str] = []
-    rows = dict(steps_of(spec, batch, traces))
+    rows = {n: [state, of] for n, state, of in steps_of(spec, shares)}
     seconds: dict[str, list[float]] = {name: [] for name in rows}
-    for turn in require("tqdm").trange(args.rounds + 1):
+    compiling: dict[str, float] = dict.fromkeys(rows, 0.0)
+    programs: dict = {}
+    for turn in require("tqdm").trange(args.rounds):
         for name, row in sorted(rows.items(), reverse=bool(turn % 2)):
+            state, before_step = row
+            extra, loss = before_step(turn, state.extra)
+            state = state._replace(extra=jax.tree.map(jnp.copy, extra))
+            key = (name, loss)
+            if key not in programs:
+                before = time.perf_counter()
+                step = compiled(loss, name, traces).lower(state, batch).compile()
+                programs[key] = step
+                compiling[name] += time.perf_counter() - before
             before = time.perf_counter()
-            row[0], metrics = row[1](row[0], batch)
+            row[0], metrics = programs[key](state, batch)
             jax.block_until_ready((row[0].params, metrics))
-            if turn:  # the first compiles
-                seconds[name].append(time.perf_counter() - before)
-    ratios = [a / b for a, b in zip(seconds["piad"], seconds["dense"])]
-    compiled = {name: traces.count(name) for name in rows}
+            seconds[name].append(time.perf_counter() - before)
+    # Levels differ from step to step: sums over all rounds, not medians of ratios.
+    dense = sum(seconds["dense"])
+    half = args.rounds // 2
     found = {
-        "ratio": [statistics.median(ratios), min(ratios), max(ratios)],
-        "images_per_second": {
-            name: args.batch_size / statistics.median(s) for name, s in seconds.items()
-        },
-        "traces": compiled,
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "jax": jax.__version__,
-        "flags": {k: v for k, v in vars(args).items() if k != "out"},
+        name: {
+            "ratio": sum(times) / dense,
+            "halves": [
+                sum(part) / sum(other)
+                for part, other in (
+                    (times[:half], seconds["dense"][:half]),
+                    (times[half:], seconds["dense"][half:]),
+                )
+            ],
+            "images_per_second": args.batch_size * args.rounds / sum(times),
+            "programs": traces.count(name),
+            "compile_ratio": compiling[name] / compiling["dense"],
+        }
+        for name, times in seconds.items()
     }
-    middle, low, high = found["ratio"]
-    text = (
-        "| step | images/s | time over dense | traces |\n|---|---|---|---|\n"
-        f"| dense | {found['images_per_second']['dense']:.1f} | 1 | "
-        f"{compiled['dense']} |\n"
-        f"| PIAD, masked | {found['images_per_second']['piad']:.1f} | {middle:.2f} "
-        f"({low:.2f} to {high:.2f}) | {compiled['piad']} |\n\n"
-        f"{args.variant} at {args.image_size}, float32, batch {args.batch_size}, median "
-        f"of {args.rounds} rounds (least to most); {found['device']}, "
-        f"{found['cores']} cores, jax {found['jax']}."
+    lines = [
+        "| step | images/s | time / dense (halves) | programs | compile time / dense |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in found.items():
+        first, second = row["halves"]
+        lines.append(
+            f"| {name} | {row['images_per_second']:.1f} | {row['ratio']:.2f} "
+            f"({first:.2f}, {second:.2f}) | {row['programs']} | "
+            f"{row['compile_ratio']:.1f} |"
+        )
+    lines.append(
+        f"\n{args.variant} at {args.image_size}, float32, batch {args.batch_size}, "
+        f"{args.rounds} rounds that take turns, a uniform list down to 1/32, sizes "
+        f"compiled at 1 and {args.shares} of the MACs; {jax.devices()[0].device_kind}, "
+        f"{os.cpu_count()} cores, jax {jax.__version__}."
     )
+    text = "\n".join(lines)
+    found["flags"] = {k: v for k, v in vars(args).items() if k != "out"}
     print(text)
     if args.out:
         out = pathlib.Path(args.out)

@@ -8,7 +8,7 @@ import pytest
 from flax_skd.method import growth, macs, piad
 from flax_skd.method.growth import Groups
 from flax_skd.method.vit import ViT
-from flax_skd.run import elastic, objective, programs, train
+from flax_skd.run import configured_loss, elastic, objective, train
 from flax_skd.run.config_files import load
 from flax_skd.run.objective import Elastic
 
@@ -159,4 +159,4 @@ def test_masks_that_do_not_go_together_are_refused(spec, change, message):
     options = load("configs/piad.py").piad
     options.update(change)
     with pytest.raises(ValueError, match=message):
-        programs._piad_cut(options, spec, growth.PAPER_GROUPS)
+        configured_loss._piad_cut(options, spec, growth.PAPER_GROUPS)

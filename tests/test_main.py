@@ -22,9 +22,9 @@ from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
 from flax_skd.run import (
     config_files,
+    configured_loss,
     evaluate,
     main,
-    programs,
     training,
 )
 
@@ -350,10 +350,10 @@ def test_the_whole_recipe_trains_and_smooths_once(tmp_path, capsys):
     assert losses and all(0 < value < 5 for value in losses)
     # Mixed targets are smooth already: the loss itself must not smooth again.
     config = config_files.load("configs/scratch.py")
-    assert programs._smoothing(config) == 0.1
+    assert configured_loss._smoothing(config) == 0.1
     config.mixing.cutmix = 1.0
-    assert programs._smoothing(config) == 0.0
-    assert programs._mixing(config).smoothing == 0.1
+    assert configured_loss._smoothing(config) == 0.0
+    assert configured_loss._mixing(config).smoothing == 0.1
 
 
 def test_transfer_gives_a_trained_network_a_fresh_head(files, params, tmp_path, capsys):

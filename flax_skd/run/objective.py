@@ -28,16 +28,38 @@ class Elastic(NamedTuple):
     Attributes:
       dropout_list: the levels.
       compensation: what repairs a cut, constant; None for plain slices.
+      window: int32 [2], first and last level that a step may draw; None for all.
     """
 
     dropout_list: DropoutList
     compensation: Compensation | None = None
+    window: Any = None
 
 
 def cut(params: Params, spec: ViTSpec, widths: SubnetSpec, extra: Elastic):
     """(params, masks) under which the full model is the sub-network of `widths`."""
     params = compensation.repaired(params, spec, extra.compensation, widths)
     return params, subnet.masks(spec, widths)
+
+
+def cut_within(
+    params: Params,
+    spec: ViTSpec,
+    widths: SubnetSpec,
+    extra: Elastic,
+    within: SubnetSpec,
+):
+    """As `cut`, of a model that has the static widths `within` to begin with.
+
+    Nothing beyond them is computed, but for repairs; `widths` lie inside them.
+    """
+    params, masks = cut(params, spec, widths, extra)
+    sizes = zip(masks, *within, strict=True)
+    masks = tuple(
+        m._replace(qk=m.qk[:qk], vo=m.vo[:vo], mlp=m.mlp[:mlp])
+        for m, qk, vo, mlp in sizes
+    )
+    return subnet.extract(params, within), masks
 
 
 def drop_path_masks(
@@ -103,6 +125,26 @@ def sampled_levels(
         levels = draw(rng, dropout_list, shape)
         params, masks = cut(params, spec, dropout_list.row(levels), state.extra)
         return params, masks, level_metrics(spec, dropout_list, levels)
+
+    return cut_of
+
+
+def levels_within(spec: ViTSpec, within: SubnetSpec) -> CutOf:
+    """`CutOf` of PIAD for a model of static widths: a level of `state.extra.window`.
+
+    Args:
+      spec: the full network.
+      within: widths of the model, at least those of every level of the window.
+    """
+
+    def cut_of(params, rng, batch_size, state):
+        del batch_size
+        extra = state.extra
+        first, last = extra.window
+        level = jax.random.randint(rng, (), first, last + 1)
+        widths = extra.dropout_list.row(level)
+        params, masks = cut_within(params, spec, widths, extra, within)
+        return params, masks, level_metrics(spec, extra.dropout_list, level)
 
     return cut_of
 

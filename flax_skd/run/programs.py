@@ -1,6 +1,5 @@
 """What to train: scratch, transfer, PIAD, one extracted network; data for one loop."""
 
-import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,17 +12,8 @@ from flax_skd.io.checkpoint import SubNet, SuperNet
 from flax_skd.method import costs, growth, importance, piad, vit
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import Params, ViT
-from flax_skd.run import (
-    commands,
-    distillation,
-    elastic,
-    feed,
-    lists,
-    mixing,
-    objective,
-    sharding,
-)
-from flax_skd.run.objective import CutOf, Elastic, Loss
+from flax_skd.run import commands, configured_loss, feed, lists, sharding
+from flax_skd.run.objective import Elastic, Loss
 
 
 class Program(NamedTuple):
@@ -39,6 +29,7 @@ class Program(NamedTuple):
       sizes: function of `extra` -> {name: widths} to evaluate; None as widths is the
         model as it is.
       save: function (directory, params, extra, facts), replacing what is there.
+      before_step: see `train.fit`, or None.
     """
 
     model: ViT
@@ -49,50 +40,12 @@ class Program(NamedTuple):
     sizes: Callable[[Any], dict[str, SubnetSpec | None]]
     save: Callable[[pathlib.Path, Params, Any, dict[str, Any]], None]
     every_epochs: float = 1.0
+    before_step: Callable[[int, Any], tuple[Any, Loss]] | None = None
 
 
 def _as_it_is(extra: Any) -> dict[str, None]:
     del extra
     return {"full": None}
-
-
-def _vit(config: Any, spec: ViTSpec, widths: SubnetSpec | None = None) -> ViT:
-    dtype = commands.dtype_named(config.dtype)
-    return ViT(spec, widths, dtype=dtype, remat=config.remat)
-
-
-def _smoothing(config: Any) -> float:
-    """Label smoothing of the loss: none where mixed targets are smooth already."""
-    return 0.0 if _mixing(config) else config.label_smoothing
-
-
-def _mixing(config: Any) -> mixing.Mixing | None:
-    """The mixing of a config's `mixing` section, None where all of it is off."""
-    chosen = dict(config.mixing.items())
-    if not any(chosen[name] for name in ("mixup", "cutmix", "erase")):
-        return None
-    return mixing.Mixing(smoothing=config.label_smoothing, **chosen)
-
-
-def _mixed(config: Any, spec: ViTSpec, loss: Loss) -> Loss:
-    """The loss on mixed and erased images, if the config asks for it."""
-    options = _mixing(config)
-    if options is None:
-        return loss
-
-    def mixed(params, batch, rng, state):
-        mix_rng, rng = jax.random.split(rng)
-        batch = mixing.mixed_batch(mix_rng, batch, spec, options)
-        return loss(params, batch, rng, state)
-
-    return mixed
-
-
-def _ordinary_loss(config: Any, model: ViT) -> Loss:
-    loss = objective.classification_loss(
-        model, label_smoothing=_smoothing(config), drop_path=config.drop_path
-    )
-    return _mixed(config, model.spec, loss)
 
 
 def scratch(config: Any, spec: ViTSpec) -> Program:
@@ -113,7 +66,7 @@ def transfer(config: Any, network: SuperNet) -> Program:
 
 def _whole(config: Any, spec: ViTSpec, params: Params, provenance: dict) -> Program:
     """Ordinary training of a full network."""
-    model = _vit(config, spec)
+    model = configured_loss.vit_of(config, spec)
 
     def save(directory, params, extra, facts):
         del extra
@@ -122,13 +75,13 @@ def _whole(config: Any, spec: ViTSpec, params: Params, provenance: dict) -> Prog
         network = commands.stamped(SuperNet(params, spec, full, {}), facts)
         checkpoint.save_supernet(directory, network, overwrite=directory.exists())
 
-    loss = _ordinary_loss(config, model)
+    loss = configured_loss.ordinary(config, model)
     return Program(model, params, loss, None, None, _as_it_is, save)
 
 
 def finetune(config: Any, small: SubNet) -> Program:
     """One extracted network, on its own; `model.fresh` keeps its sizes alone."""
-    model = _vit(config, small.spec, small.widths)
+    model = configured_loss.vit_of(config, small.spec, small.widths)
     if config.model.fresh:
         rng = jax.random.key(config.seed)
         params = vit.init(small.spec, rng, widths=small.widths)
@@ -140,7 +93,7 @@ def finetune(config: Any, small: SubNet) -> Program:
         trained = small._replace(params=params, provenance=facts)
         checkpoint.save_subnet(directory, trained, overwrite=directory.exists())
 
-    loss = _ordinary_loss(config, model)
+    loss = configured_loss.ordinary(config, model)
     return Program(model, small.params, loss, None, None, _as_it_is, save)
 
 
@@ -157,7 +110,7 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
             "network has one set of weights a cut: take sampling 'per_step', or "
             "contract with --config.compensation=none."
         )
-    model = _vit(config, spec)
+    model = configured_loss.vit_of(config, spec)
     groups = growth.Groups(
         options.groups.attn,
         options.groups.mlp,
@@ -179,79 +132,21 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
         network = commands.stamped(network, {**facts, "trained": "piad"})
         checkpoint.save_supernet(directory, network, overwrite=directory.exists())
 
+    extra = Elastic(growth.start(spec, groups), supernet.compensation)
+    grow, before_step = _grower(config, model, groups), None
+    if compiled := configured_loss.compiled_sizes(config, spec):
+        extra = extra._replace(window=np.zeros(2, np.int32))
+        grow, before_step = compiled.after(grow), compiled.before_step
     return Program(
         model,
         supernet.params,
-        _piad_loss(config, model, groups),
-        Elastic(growth.start(spec, groups), supernet.compensation),
-        _grower(config, model, groups),
+        configured_loss.of_piad(config, model, groups),
+        extra,
+        grow,
         sizes,
         save,
         options.grow_epochs,
-    )
-
-
-def _piad_cut(options: Any, spec: ViTSpec, groups: growth.Groups) -> CutOf:
-    """What a step drops: a level of the list, or a variant of the ablation."""
-    draws = {
-        "uniform": piad.sample_level,
-        "macs": functools.partial(piad.sample_level_by_macs, spec=spec),
-    }
-    if options.draw not in draws:
-        raise ValueError(f"draw {options.draw!r}: choose one of {', '.join(draws)}.")
-    draw = draws[options.draw]
-    if options.masks == "levels":
-        return objective.sampled_levels(spec, sampling=options.sampling, draw=draw)
-    if options.sampling != "per_step" or options.loss in ("in_place", "sandwich"):
-        raise ValueError(
-            f"masks {options.masks!r} go with sampling 'per_step' and the losses "
-            f"'labels' and 'teacher', not {options.sampling!r} and {options.loss!r}."
-        )
-    if options.masks == "none":
-        return objective.whole
-    if options.masks not in elastic.MASKS:
-        known = ", ".join(["levels", "none", *elastic.MASKS])
-        raise ValueError(f"masks {options.masks!r}: choose one of {known}.")
-    return elastic.MASKS[options.masks](
-        spec, groups=groups, draw=draw, rate=options.branch_rate
-    )
-
-
-def _piad_loss(config: Any, model: ViT, groups: growth.Groups) -> Loss:
-    spec, options = model.spec, config.piad
-    cut_of = _piad_cut(options, spec, groups)
-    smoothing = _smoothing(config)
-    made = {
-        "labels": lambda: objective.classification_loss(
-            model,
-            label_smoothing=smoothing,
-            drop_path=config.drop_path,
-            cut_of=cut_of,
-        ),
-        "in_place": lambda: distillation.with_full(model, label_smoothing=smoothing),
-        "sandwich": lambda: distillation.with_full(
-            model,
-            levels_of=distillation.smallest_and_random,
-            label_smoothing=smoothing,
-        ),
-        "teacher": lambda: distillation.with_teacher(
-            model,
-            _teacher(options.teacher, spec),
-            cut_of=cut_of,
-            label_smoothing=smoothing,
-        ),
-    }
-    if options.loss not in made:
-        raise ValueError(f"loss {options.loss!r}: choose one of {', '.join(made)}.")
-    return _mixed(config, spec, made[options.loss]())
-
-
-def _teacher(path: str, spec: ViTSpec):
-    if not path:
-        raise ValueError("loss 'teacher' needs --config.piad.teacher, a directory.")
-    found = checkpoint.load_supernet(path)
-    return distillation.frozen(
-        ViT(found.spec), found.params, num_classes=spec.num_classes
+        before_step,
     )
 
 

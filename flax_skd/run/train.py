@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from flax_skd.run.interrupt import Stopped, sigterm
 from flax_skd.run.objective import Array, Batch, Loss, Metrics, classification_loss
 from flax_skd.run.optimizer import cosine, make_optimizer
 from flax_skd.run.progress import Progress
+from flax_skd.run.settling import NonFiniteLossError, Running
 
 __all__ = [
     "NonFiniteLossError",
@@ -32,10 +32,6 @@ __all__ = [
     "make_optimizer",
     "train_step",
 ]
-
-
-class NonFiniteLossError(ValueError):
-    """The loss or its gradient is nan or infinite."""
 
 
 class TrainState(NamedTuple):
@@ -136,6 +132,7 @@ def fit(
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     evaluate_every: int | None = None,
     before_epoch: Callable[[int, TrainState], Any] | None = None,
+    before_step: Callable[[int, Any], tuple[Any, Loss]] | None = None,
     epoch_steps: int = 1,
     ema_decay: float = 0.9999,
     accumulate: int = 1,
@@ -162,6 +159,8 @@ def fit(
       evaluate_every: updates; by default only after the last.
       before_epoch: function (epoch, state) -> `extra` of the epoch that begins, of
         the same shapes: how a dropout list grows.
+      before_step: function (step, extra) -> `extra` and loss of that step, in place of
+        `loss`; every loss it returns is compiled once.
       epoch_steps: updates in an epoch.
       schedule: of the learning rate, to be logged.
       log_every_steps, log_every_s: report at whichever comes first.
@@ -179,14 +178,22 @@ def fit(
         if count < 1:
             raise ValueError(f"{name} = {count} must be at least 1.")
     mesh = mesh or sharding.mesh()
-    step = functools.partial(
-        train_step,
-        loss=loss,
-        optimizer=optimizer,
-        ema_decay=ema_decay,
-        accumulate=accumulate,
-    )
-    place, update = _compiled(state, mesh, step)
+    place = sharding.param_sharding(state, mesh)
+
+    @functools.cache
+    def update_of(loss):
+        return _compiled(
+            functools.partial(
+                train_step,
+                loss=loss,
+                optimizer=optimizer,
+                ema_decay=ema_decay,
+                accumulate=accumulate,
+            ),
+            mesh,
+            place,
+        )
+
     # The step donates its state, and the caller's must live on.
     state = sharding.copy_to(state, place)
     with contextlib.ExitStack() as stack:
@@ -210,7 +217,7 @@ def fit(
         )
         stack.callback(progress.close)
         told_to_stop = stack.enter_context(sigterm(disk.manager))
-        running = _Running(progress, disk, schedule)
+        running = Running(progress, disk, schedule)
         for step in range(start + 1, steps + 1):
             if before_epoch and (step - 1) % epoch_steps == 0:
                 running.settle()
@@ -220,7 +227,12 @@ def fit(
             with progress.waiting():
                 host_batch = _draw(batches, step, steps)
                 batch = sharding.shard_batch(host_batch, mesh, parts=accumulate)
-            state, metrics = update(state, batch)
+            now = loss
+            if before_step:
+                extra, now = before_step(step, state.extra)
+                extra = jax.tree.map(_on_mesh, extra, place.extra)
+                state = state._replace(extra=extra)
+            state, metrics = update_of(now)(state, batch)
             running.follow(step, metrics, host_batch)
             stopping = told_to_stop(step) and step < steps
             if stopping or step == steps or step % checkpoint_every == 0:
@@ -238,11 +250,14 @@ def fit(
     return state
 
 
-def _compiled(state, mesh, step):
-    """Where the state lies on the mesh, and the jitted step."""
-    place = sharding.param_sharding(state, mesh)
+def _on_mesh(x, place):
+    return x if isinstance(x, jax.Array) else sharding.copy_to(x, place)
+
+
+def _compiled(step, mesh, place):
+    """The jitted step of a state that lies at `place`."""
     whole = NamedSharding(mesh, PartitionSpec())
-    return place, jax.jit(
+    return jax.jit(
         step,
         in_shardings=(place, sharding.batch_sharding(mesh)),
         out_shardings=(place, whole),
@@ -258,40 +273,3 @@ def _draw(batches: Iterator[Any], step: int, steps: int) -> dict[str, np.ndarray
             f"the data ended before step {step} of {steps}: repeat it, or ask for fewer "
             "steps."
         ) from None
-
-
-class _Running:
-    """The metrics of the newest step, not fetched before the next one runs."""
-
-    def __init__(self, progress, disk, schedule):
-        self._progress, self._disk, self._schedule = progress, disk, schedule
-        self._newest = None
-
-    def follow(self, step: int, metrics: Metrics, batch: dict[str, np.ndarray]):
-        """Settles the step before and remembers this one."""
-        self.settle()
-        self._newest = (step, metrics, batch)
-
-    def settle(self) -> None:
-        """Waits for the newest step, checks its numbers and passes them on."""
-        if self._newest is None:
-            return
-        (step, metrics, batch), self._newest = self._newest, None
-        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        self._check(step, values, batch)
-        images = len(jax.tree.leaves(batch)[0]) * jax.process_count()
-        if self._progress.step(step, values, images):
-            rate = {"lr": float(self._schedule(step - 1))} if self._schedule else {}
-            self._progress.report(step, rate)
-
-    def _check(self, step, values, batch):
-        checked = {name: values[name] for name in ("loss", "grad_norm", "param_norm")}
-        if all(map(math.isfinite, checked.values())):
-            return
-        level = f", level {values['level']:g}" if "level" in values else ""
-        ids = np.asarray(batch["index"]).tolist() if "index" in batch else "unknown"
-        raise NonFiniteLossError(
-            f"{checked} at step {step}{level}, examples {ids}. Last good checkpoint: "
-            f"{self._disk.last()}. Look at these examples and their labels (one that "
-            "is no class gives nan), lower the learning rate, or clip the gradient."
-        )

@@ -135,6 +135,7 @@ def train(config: Any, *, workdir: str, overwrite: bool, resume: bool) -> str:
         evaluate=_evaluator(config, program, mesh, scores),
         evaluate_every=max(1, round(config.evaluate_epochs * per_epoch)),
         before_epoch=program.before_epoch,
+        before_step=program.before_step,
         epoch_steps=max(1, round(program.every_epochs * per_epoch)),
         ema_decay=config.ema_decay,
         accumulate=config.accumulate,

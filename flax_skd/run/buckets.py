@@ -1,0 +1,91 @@
+"""PIAD in a few compiled sizes: a step computes little more than the level it drew.
+
+The masked step computes the whole network at every level. Here the host draws a bucket of
+levels, and the step, compiled for the widths of the bucket's largest level, draws one of
+its levels; the mask does what is left. A list only grows at its end, so a bucket, once it
+is there, keeps its widths: as many compilations as buckets, however long the run.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_skd.method import macs
+from flax_skd.method.piad import DropoutList
+from flax_skd.method.spec import SubnetSpec, ViTSpec
+from flax_skd.run.objective import Elastic, Loss
+
+
+class Buckets:
+    """Draws buckets for `train.fit`; every level is as likely as without them.
+
+    Args:
+      spec: the full network.
+      loss_of: function of static widths -> the loss of a model of these widths, with
+        `objective.levels_within` them.
+      shares: of all MACs, falling, below 1: where the next bucket begins.
+      seed: of the draws; step t draws by (seed, t), on every process the same.
+
+    Raises:
+      ValueError: if the shares do not fall between 1 and 0.
+    """
+
+    def __init__(
+        self,
+        spec: ViTSpec,
+        loss_of: Callable[[SubnetSpec], Loss],
+        *,
+        shares: tuple[float, ...],
+        seed: int,
+    ):
+        edges = (1.0, *shares, 0.0)
+        if any(a <= b for a, b in itertools.pairwise(edges)):
+            raise ValueError(
+                f"sizes {shares}: shares of the MACs must fall, from below 1 to above 0."
+            )
+        self._spec, self._shares, self._seed = spec, shares, seed
+        self._loss_of = functools.cache(loss_of)
+        self._list: DropoutList | None = None
+        self._starts: list[int] = []
+
+    def renew(self, extra: Elastic) -> Elastic:
+        """Takes note of a list that has grown; gives `extra` back, with a window."""
+        self._list = jax.device_get(extra.dropout_list)
+        self._starts = starts(self._list, self._spec, self._shares)
+        levels = int(self._list.levels)
+        return extra._replace(window=np.array([0, levels], np.int32))
+
+    def after(self, grow: Callable[[int, Any], Elastic]) -> Callable[[int, Any], Any]:
+        """A `before_epoch` that takes note of what `grow` made."""
+        return lambda epoch, state: self.renew(grow(epoch, state))
+
+    def before_step(self, step: int, extra: Elastic) -> tuple[Elastic, Loss]:
+        """The bucket of a step: its window in `extra`, and its loss."""
+        if self._list is None:  # a run that is resumed within an epoch
+            self.renew(extra)
+        levels = int(self._list.levels)
+        drawn = np.random.default_rng((self._seed, step)).integers(levels + 1)
+        index = np.searchsorted(self._starts, drawn, side="right") - 1
+        first = self._starts[index]
+        last = ([*self._starts, levels + 1])[index + 1] - 1
+        window = np.array([first, last], np.int32)
+        widths = self._list.widths(first, self._spec)
+        return extra._replace(window=window), self._loss_of(widths)
+
+
+def starts(
+    dropout_list: DropoutList, spec: ViTSpec, shares: tuple[float, ...]
+) -> list[int]:
+    """First levels of the buckets a list has: 0, and the first within each share."""
+    levels = range(int(dropout_list.levels) + 1)
+    cost = [macs.macs(spec, dropout_list.widths(level, spec)) for level in levels]
+    found: dict[int, Any] = {0: None}
+    for share in shares:
+        inside = [i for i, c in enumerate(cost) if c <= share * cost[0]]
+        if inside:
+            found[inside[0]] = None
+    return sorted(found)

@@ -1,0 +1,143 @@
+"""The model and the loss that a training config asks for."""
+
+import functools
+from typing import Any
+
+import jax
+
+from flax_skd.io import checkpoint
+from flax_skd.method import growth, piad
+from flax_skd.method.spec import SubnetSpec, ViTSpec
+from flax_skd.method.vit import ViT
+from flax_skd.run import buckets, commands, distillation, elastic, mixing, objective
+from flax_skd.run.objective import CutOf, Loss
+
+
+def vit_of(config: Any, spec: ViTSpec, widths: SubnetSpec | None = None) -> ViT:
+    """The model of a training config, full or of static widths."""
+    dtype = commands.dtype_named(config.dtype)
+    return ViT(spec, widths, dtype=dtype, remat=config.remat)
+
+
+def _smoothing(config: Any) -> float:
+    """Label smoothing of the loss: none where mixed targets are smooth already."""
+    return 0.0 if _mixing(config) else config.label_smoothing
+
+
+def _mixing(config: Any) -> mixing.Mixing | None:
+    """The mixing of a config's `mixing` section, None where all of it is off."""
+    chosen = dict(config.mixing.items())
+    if not any(chosen[name] for name in ("mixup", "cutmix", "erase")):
+        return None
+    return mixing.Mixing(smoothing=config.label_smoothing, **chosen)
+
+
+def mixed_loss(config: Any, spec: ViTSpec, loss: Loss) -> Loss:
+    """The loss on mixed and erased images, if the config asks for it."""
+    options = _mixing(config)
+    if options is None:
+        return loss
+
+    def mixed(params, batch, rng, state):
+        mix_rng, rng = jax.random.split(rng)
+        batch = mixing.mixed_batch(mix_rng, batch, spec, options)
+        return loss(params, batch, rng, state)
+
+    return mixed
+
+
+def ordinary(config: Any, model: ViT) -> Loss:
+    """Of a network of one size."""
+    loss = objective.classification_loss(
+        model, label_smoothing=_smoothing(config), drop_path=config.drop_path
+    )
+    return mixed_loss(config, model.spec, loss)
+
+
+def compiled_sizes(config: Any, spec: ViTSpec) -> buckets.Buckets | None:
+    """The sizes a step is compiled for, if the config names any."""
+    options = config.piad
+    shares = tuple(float(share) for share in commands.listed(options.compiled))
+    if not shares:
+        return None
+    plain = {"masks": "levels", "sampling": "per_step", "draw": "uniform"}
+    other = {k: options[k] for k, v in plain.items() if options[k] != v}
+    if other or options.loss not in ("labels", "teacher"):
+        raise ValueError(
+            f"piad.compiled = {options.compiled!r} goes with {plain} and the losses "
+            f"'labels' and 'teacher', not with {other or options.loss!r}."
+        )
+
+    def loss_of(within):
+        model = vit_of(config, spec, within)
+        return _level_loss(config, model, objective.levels_within(spec, within))
+
+    return buckets.Buckets(spec, loss_of, shares=shares, seed=config.seed)
+
+
+def _piad_cut(options: Any, spec: ViTSpec, groups: growth.Groups) -> CutOf:
+    """What a step drops: a level of the list, or a variant of the ablation."""
+    draws = {
+        "uniform": piad.sample_level,
+        "macs": functools.partial(piad.sample_level_by_macs, spec=spec),
+    }
+    if options.draw not in draws:
+        raise ValueError(f"draw {options.draw!r}: choose one of {', '.join(draws)}.")
+    draw = draws[options.draw]
+    if options.masks == "levels":
+        return objective.sampled_levels(spec, sampling=options.sampling, draw=draw)
+    if options.sampling != "per_step" or options.loss in ("in_place", "sandwich"):
+        raise ValueError(
+            f"masks {options.masks!r} go with sampling 'per_step' and the losses "
+            f"'labels' and 'teacher', not {options.sampling!r} and {options.loss!r}."
+        )
+    if options.masks == "none":
+        return objective.whole
+    if options.masks not in elastic.MASKS:
+        known = ", ".join(["levels", "none", *elastic.MASKS])
+        raise ValueError(f"masks {options.masks!r}: choose one of {known}.")
+    return elastic.MASKS[options.masks](
+        spec, groups=groups, draw=draw, rate=options.branch_rate
+    )
+
+
+def of_piad(config: Any, model: ViT, groups: growth.Groups) -> Loss:
+    """Of a network of many sizes: a level, or a variant of the ablation, a step."""
+    return _level_loss(config, model, _piad_cut(config.piad, model.spec, groups))
+
+
+def _level_loss(config: Any, model: ViT, cut_of: CutOf) -> Loss:
+    spec, options = model.spec, config.piad
+    smoothing = _smoothing(config)
+    made = {
+        "labels": lambda: objective.classification_loss(
+            model,
+            label_smoothing=smoothing,
+            drop_path=config.drop_path,
+            cut_of=cut_of,
+        ),
+        "in_place": lambda: distillation.with_full(model, label_smoothing=smoothing),
+        "sandwich": lambda: distillation.with_full(
+            model,
+            levels_of=distillation.smallest_and_random,
+            label_smoothing=smoothing,
+        ),
+        "teacher": lambda: distillation.with_teacher(
+            model,
+            _teacher(options.teacher, spec),
+            cut_of=cut_of,
+            label_smoothing=smoothing,
+        ),
+    }
+    if options.loss not in made:
+        raise ValueError(f"loss {options.loss!r}: choose one of {', '.join(made)}.")
+    return mixed_loss(config, spec, made[options.loss]())
+
+
+def _teacher(path: str, spec: ViTSpec):
+    if not path:
+        raise ValueError("loss 'teacher' needs --config.piad.teacher, a directory.")
+    found = checkpoint.load_supernet(path)
+    return distillation.frozen(
+        ViT(found.spec), found.params, num_classes=spec.num_classes
+    )

@@ -1,0 +1,56 @@
+"""The metrics of the newest step: not fetched before the next one runs, then checked."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_skd.run.objective import Metrics
+
+
+class NonFiniteLossError(ValueError):
+    """The loss or its gradient is nan or infinite."""
+
+
+class Running:
+    """Follows a run, one step behind it.
+
+    Args:
+      progress: of `progress.Progress`.
+      disk: of `run_state.Checkpoints`.
+      schedule: of the learning rate, or None.
+    """
+
+    def __init__(self, progress: Any, disk: Any, schedule: Any):
+        self._progress, self._disk, self._schedule = progress, disk, schedule
+        self._newest = None
+
+    def follow(self, step: int, metrics: Metrics, batch: dict[str, np.ndarray]):
+        """Settles the step before and remembers this one."""
+        self.settle()
+        self._newest = (step, metrics, batch)
+
+    def settle(self) -> None:
+        """Waits for the newest step, checks its numbers and passes them on."""
+        if self._newest is None:
+            return
+        (step, metrics, batch), self._newest = self._newest, None
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        self._check(step, values, batch)
+        images = len(jax.tree.leaves(batch)[0]) * jax.process_count()
+        if self._progress.step(step, values, images):
+            rate = {"lr": float(self._schedule(step - 1))} if self._schedule else {}
+            self._progress.report(step, rate)
+
+    def _check(self, step, values, batch):
+        checked = {name: values[name] for name in ("loss", "grad_norm", "param_norm")}
+        if all(map(math.isfinite, checked.values())):
+            return
+        level = f", level {values['level']:g}" if "level" in values else ""
+        ids = np.asarray(batch["index"]).tolist() if "index" in batch else "unknown"
+        raise NonFiniteLossError(
+            f"{checked} at step {step}{level}, examples {ids}. Last good checkpoint: "
+            f"{self._disk.last()}. Look at these examples and their labels (one that "
+            "is no class gives nan), lower the learning rate, or clip the gradient."
+        )
