@@ -33,7 +33,7 @@ from flax_skd.run.recipes import Recipe
 BUDGETS = (10 / 12, 8 / 12, 6 / 12, 4 / 12)
 
 
-LISTS = {"importance": {"images": 64, "stages": 4}, "loss": {"images": 32, "cuts": 0.4}}
+LISTS = {"importance": {"images": 64, "stages": 4}, "loss": {"images": 32, "cuts": 0.5}}
 
 
 def parts(harness: Harness, cuts: list[str]) -> Iterator[Row]:
@@ -75,14 +75,14 @@ def whole(harness: Harness, cuts: list[str]) -> Iterator[Row]:
     alike = listed(ours, "uniform")
     variants = {
         "wpac, importance list": listed(wpac, "importance"),
-        "wpac, uniform": listed(wpac, "uniform"),
-        "clover, uniform": listed(clover, "uniform"),
-        "variance-based pruning, MLP alone": functools.cache(pruned),
-        "corp, uniform q/k and MLP": lambda: corp_of(harness).network,
         "ours, uniform": alike,
-        "ours, importance list": listed(ours, "importance"),
         "ours, list by loss": listed(ours, "loss"),
         "ours, uniform, recalibrated": alike,
+        "corp, uniform q/k and MLP": lambda: corp_of(harness).network,
+        "variance-based pruning, MLP alone": functools.cache(pruned),
+        "clover, uniform": listed(clover, "uniform"),
+        "wpac, uniform": listed(wpac, "uniform"),
+        "ours, importance list": listed(ours, "importance"),
     }
     for name, make in variants.items():
         for share in BUDGETS:

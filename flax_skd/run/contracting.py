@@ -129,6 +129,10 @@ def _few(config: Any, spec: ViTSpec) -> feed.OnMesh:
     section, most = config.data.copy_and_resolve_references(), config.list.images
     with section.unlocked():
         section.images = min(most, section.images or most)
+        # No more padding than the devices ask for: every image counts many times.
+        devices = jax.device_count()
+        whole = -(-section.images // devices) * devices
+        section.batch_size = min(section.batch_size, whole)
     batches = feed.batches_of(section, spec, seed=config.seed)
     return feed.OnMesh(batches, sharding.mesh())
 
