@@ -37,7 +37,11 @@ setup(
         "export": ["flatbuffers"],  # StableHLO files; docs/export.md has timm and ONNX
         "timm": ["timm>=1.0.23", "torch"],  # only to check what is exported for them
         "log": ["tensorboardX"],  # training curves for tensorboard, where installed
-        "test": ["pytest", "ruff", "hypothesis", "tensorboardX", "flatbuffers"],
+        "docs": ["pdoc"],  # the API pages, from docstrings
+        "test": [
+            *("pytest", "ruff", "hypothesis", "tensorboardX", "flatbuffers"),
+            *("nbmake", "ipykernel", "pdoc"),
+        ],
     },
     entry_points={"console_scripts": ["flax-skd=flax_skd.run.main:cli"]},
 )

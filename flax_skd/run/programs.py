@@ -165,7 +165,7 @@ def _grower(config: Any, model: ViT, groups: growth.Groups):
     def before_epoch(stage, state):
         if stage >= stages:
             return state.extra
-        levels, repairs = state.extra
+        levels, repairs = state.extra.dropout_list, state.extra.compensation
         levels = lists.grown(
             jax.device_get(levels),
             stage,
