@@ -273,4 +273,9 @@ def init(spec: ViTSpec, rng: Array, *, widths: SubnetSpec | None = None) -> Para
       The nested dict that every function of this package takes as `params`.
     """
     images = jnp.zeros((1, spec.image_size, spec.image_size, spec.in_channels))
-    return jax.jit(ViT(spec, widths).init)(rng, images)["params"]
+    return _init(ViT(spec, widths), rng, images)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(model: ViT, rng: Array, images: Array) -> Params:
+    return model.init(rng, images)["params"]

@@ -1,5 +1,6 @@
 """The mesh, and where parameters and batches lie on it."""
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -128,8 +129,15 @@ def copy_to(tree: Any, places: Any) -> Any:
         there = jax.tree.map(_copy_to_hosts, tree, places)
     # The CPU devices of one process may share the memory of what is put on all of
     # them; donating that frees it many times. What a computation returns is its own.
-    copy = jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings=places)
-    return copy(there)
+    leaves, tree = jax.tree.flatten(places)
+    return _copier(tuple(leaves), tree)(there)
+
+
+@functools.lru_cache(maxsize=64)
+def _copier(leaves: tuple[NamedSharding, ...], tree: Any):
+    """A jitted copy to these places, compiled once however often it is asked for."""
+    places = jax.tree.unflatten(tree, leaves)
+    return jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings=places)
 
 
 def _copy_to_hosts(x: Any, place: NamedSharding) -> jax.Array:
