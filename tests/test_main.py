@@ -417,6 +417,7 @@ def test_the_demo_runs_as_the_readme_says(tmp_path):
     top1 = {(r["criterion"], r["kept"]): r["top1"] for r in rows}
     assert top1["wpac", 1.0] == pytest.approx(top1["none", 1.0], abs=0.5)
     assert top1["wpac", 0.75] > top1["none", 0.75] + 10
+    assert top1["balanced", 0.375] > top1["wpac", 0.375] + 5
     assert top1["piad", 0.375] > top1["wpac", 0.375] + 5
     kept = {r["kept"] for r in rows if r["criterion"] == "wpac"}
     assert kept == {i / 8 for i in range(1, 9)}
@@ -425,7 +426,7 @@ def test_the_demo_runs_as_the_readme_says(tmp_path):
     small = checkpoint.load_subnet(folder / "subnet")
     whole = checkpoint.load_supernet(folder / "supernet")
     assert 0.4 < macs.branch_fraction(small.spec, small.widths) <= 0.5
-    assert whole.provenance["criterion"] == "wpac"
+    assert whole.provenance["criterion"] == "balanced"
     assert int(whole.dropout_list.levels) > 8
     tuned = checkpoint.load_subnet(folder / "finetune" / training.NETWORK)
     assert tuned.widths == small.widths
