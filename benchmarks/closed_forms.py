@@ -116,6 +116,7 @@ def images(harness: Harness, cuts: list[str]) -> Iterator[Row]:
     most = harness.config.data.images
     for count, cost in (
         (most, "logit"),
+        (most, "top_logit"),
         (most, "self_kl"),
         (256, "logit"),
         (64, "logit"),
@@ -127,7 +128,7 @@ def images(harness: Harness, cuts: list[str]) -> Iterator[Row]:
             made = harness.contracted(OURS, stats())
             return harness.listed(made, "uniform")
 
-        name = f"{count} images, " + ("labels" if cost == "logit" else "no labels")
+        name = f"{count} images, cost {cost}"
         for share in BUDGETS[:3]:
             yield (
                 "uniform",

@@ -181,8 +181,9 @@ def test_a_padded_example_that_is_not_finite_leaves_the_rises_alone(
     assert_close(got, measure(spec, params, batch, CUT), 1e-5)
 
 
-def test_kl_and_self_kl_need_no_labels(spec, params, batch):
-    options = {"cost": costs.top_log_probability, "sensitivity": importance.kl}
+@pytest.mark.parametrize("cost", [costs.top_log_probability, costs.top_logit])
+def test_kl_and_the_costs_of_the_first_class_need_no_labels(spec, params, batch, cost):
+    options = {"cost": cost, "sensitivity": importance.kl}
     one = measure(spec, params, batch, CUT, **options)
     other = measure(
         spec, params, {**batch, "label": 0 * batch["label"]}, CUT, **options

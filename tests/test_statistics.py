@@ -129,7 +129,7 @@ def test_a_large_common_offset_does_not_ruin_the_covariance(spec, params, batch)
     np.testing.assert_allclose(far, near, atol=1e-3 * float(jnp.abs(near).max()))
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "self_kl"])
+@pytest.mark.parametrize("name", ["cross_entropy", "top_logit", "self_kl"])
 def test_other_costs_weigh_tokens_by_their_own_gradient(spec, params, batch, name):
     cost = costs.COSTS[name]
     got = collect(spec, params, batch, 12, cost=cost)
@@ -151,7 +151,7 @@ def test_a_backbone_without_a_head_is_calibrated_by_its_feature(spec, params, ba
 
 
 def test_an_unknown_cost_lists_the_known_ones():
-    with pytest.raises(ValueError, match="'loss': choose one of logit, cross_entropy"):
+    with pytest.raises(ValueError, match="'loss': choose one of logit, top_logit"):
         costs.cost_named("loss", 10)
 
 

@@ -20,6 +20,15 @@ def correct_logit(logits: Array, labels: Array) -> Array:
     return jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
 
 
+def top_logit(logits: Array, labels: Array) -> Array:
+    """The logit of the model's own first class: `correct_logit` without labels.
+
+    Its gradient does not vanish where the model is sure, as that of a log-probability.
+    """
+    del labels
+    return logits.max(-1)
+
+
 def cross_entropy(logits: Array, labels: Array) -> Array:
     """-log p(label)."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -46,6 +55,7 @@ def feature(features: Array, labels: Array) -> Array:
 
 COSTS: dict[str, Cost] = {
     "logit": correct_logit,
+    "top_logit": top_logit,
     "cross_entropy": cross_entropy,
     "self_kl": top_log_probability,
     "feature": feature,

@@ -41,7 +41,7 @@ def recalibrated(
     batches: Batches,
     held_out: Batches,
     *,
-    cost: costs.Cost = costs.top_log_probability,
+    cost: costs.Cost = costs.top_logit,
     tokens: str = "gradient",
     ridge: float = moments.RIDGE,
     rounds: int = 2,
