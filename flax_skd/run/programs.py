@@ -132,6 +132,7 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
         network = commands.stamped(network, {**facts, "trained": "piad"})
         checkpoint.save_supernet(directory, network, overwrite=directory.exists())
 
+    loss = configured_loss.of_piad(config, model, groups)
     extra = Elastic(growth.start(spec, groups), supernet.compensation)
     grow, before_step = _grower(config, model, groups), None
     if compiled := configured_loss.compiled_sizes(config, spec):
@@ -140,7 +141,7 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
     return Program(
         model,
         supernet.params,
-        configured_loss.of_piad(config, model, groups),
+        loss,
         extra,
         grow,
         sizes,
