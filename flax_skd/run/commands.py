@@ -1,5 +1,6 @@
 """What each subcommand does, from a config to files: load, compute, save, report."""
 
+import fractions
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -122,6 +123,16 @@ def dtype_named(name: str) -> Any:
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r}: choose one of {', '.join(DTYPES)}.")
     return DTYPES[name]
+
+
+def shares(name: str, text: str) -> list[float]:
+    """Shares between commas, such as 1/4,0.5; the error names what they are of."""
+    try:
+        return [float(fractions.Fraction(part)) for part in listed(text)]
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{name} = {text!r}: write shares like 1/4,0.5,3/4."
+        ) from error
 
 
 def listed(text: str) -> list[str]:

@@ -57,7 +57,7 @@ def ordinary(config: Any, model: ViT) -> Loss:
 def compiled_sizes(config: Any, spec: ViTSpec) -> buckets.Buckets | None:
     """The sizes a step is compiled for, if the config names any."""
     options = config.piad
-    shares = tuple(float(share) for share in commands.listed(options.compiled))
+    shares = tuple(commands.shares("piad.compiled", options.compiled))
     if not shares:
         return None
     plain = {"masks": "levels", "sampling": "per_step", "draw": "uniform"}

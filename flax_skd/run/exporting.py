@@ -134,12 +134,7 @@ def _float32(network: SubNet) -> SubNet:
 
 
 def _shares(budgets: str) -> list[float]:
-    try:
-        shares = [float(part) for part in commands.listed(budgets)]
-    except ValueError as error:
-        raise ValueError(
-            f"budgets = {budgets!r}: write shares of the MACs like 0.25,0.5,1.0."
-        ) from error
+    shares = commands.shares("budgets", budgets)
     wrong = [share for share in shares if not 0 < share <= 1]
     if wrong or not shares:
         raise ValueError(

@@ -1,6 +1,5 @@
 """The sweep command: sub-networks of super-networks to a table and figures."""
 
-import fractions
 import logging
 import pathlib
 from typing import Any
@@ -24,10 +23,7 @@ def cuts_of(
     spec = supernet.spec
     full = evaluate.Cut("all", 1.0, 0, SubnetSpec.full(spec))
     rows = [full]
-    try:
-        shares = [float(fractions.Fraction(share)) for share in commands.listed(kept)]
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"kept = {kept!r}: write shares like 1/4,0.5,3/4.") from error
+    shares = commands.shares("kept", kept)
     levels = supernet.dropout_list
     for cut in commands.listed(cuts):
         if cut == "levels":
