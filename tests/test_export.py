@@ -544,7 +544,7 @@ def test_an_installed_package_is_installed_again_from_where_it_came(
     [
         ("--formats=pickle", "safetensors, npz"),
         ("--formats=,", "no format given"),
-        ("--budgets=half", "shares of the MACs"),
+        ("--budgets=half", "write shares like"),
         ("--budgets=1.5", "at most 1"),
         ("--budgets=0.0001", "no level reaches"),
         ("--platforms=abacus", "rocm"),
