@@ -27,12 +27,22 @@ def batches_of(spec, count, seed):
     ]
 
 
+def statistics_of(spec, params, batches, tokens, widths=None):
+    """Second moments under one weighting, of a cut if there are widths."""
+    return statistics.collect(
+        ViT(spec),
+        params,
+        batches,
+        weightings=(),
+        moments=(tokens,),
+        masks=widths and subnet.masks(spec, widths),
+    )
+
+
 @pytest.fixture(scope="module")
 def network(spec, params):
     """The tiny network with a compensation of its own units."""
-    stats = statistics.collect(
-        ViT(spec), params, batches_of(spec, 4, 0), weightings=(), moments=("plain",)
-    )
+    stats = statistics_of(spec, params, batches_of(spec, 4, 0), "plain")
     full = SubnetSpec.full(spec)
     zeros = compensation.from_moments(
         [(np.zeros(spec.num_heads * spec.head_dim), None)] * spec.depth,
@@ -65,14 +75,7 @@ def test_moments_under_a_cut_are_those_of_all_units_on_the_stream_it_leaves(
     spec, params
 ):
     batches = batches_of(spec, 2, 1)
-    stats = statistics.collect(
-        ViT(spec),
-        params,
-        batches,
-        weightings=(),
-        moments=("plain",),
-        masks=subnet.masks(spec, WIDTHS),
-    )
+    stats = statistics_of(spec, params, batches, "plain", WIDTHS)
     images = np.concatenate([b["image"][:7] for b in batches])
     units = _inner_units(spec, params, WIDTHS, images)
     assert len(units) == 2 * spec.depth
@@ -84,13 +87,12 @@ def test_moments_under_a_cut_are_those_of_all_units_on_the_stream_it_leaves(
 
 
 def test_own_statistics_of_the_full_network_are_the_stored_ones(spec, network):
-    stats = statistics.collect(
-        ViT(spec),
+    stats = statistics_of(
+        spec,
         network.params,
         batches_of(spec, 4, 0),
-        weightings=(),
-        moments=("plain",),
-        masks=subnet.masks(spec, SubnetSpec.full(spec)),
+        "plain",
+        SubnetSpec.full(spec),
     )
     again = recalibration.own_compensation(
         stats, spec, network.compensation, SubnetSpec.full(spec), tokens="plain"
@@ -100,13 +102,8 @@ def test_own_statistics_of_the_full_network_are_the_stored_ones(spec, network):
 
 
 def test_a_removed_branch_keeps_its_stored_repair(spec, network):
-    stats = statistics.collect(
-        ViT(spec),
-        network.params,
-        batches_of(spec, 1, 0),
-        weightings=(),
-        moments=("gradient",),
-        masks=subnet.masks(spec, WIDTHS),
+    stats = statistics_of(
+        spec, network.params, batches_of(spec, 1, 0), "gradient", WIDTHS
     )
     own = recalibration.own_compensation(stats, spec, network.compensation, WIDTHS)
     assert own.attn[1] is network.compensation.attn[1]
