@@ -8,8 +8,8 @@ One statistics pass, then every variant from the same sums, every row on the sam
 images: top-1 with a bootstrap interval, KL to the full network, and the difference to
 the first row of its cut, paired over images. `--tables=parts` cuts one kind of branch
 (`--cuts=qk,vo` some of them), `whole` the network to shares of its MACs, `images` asks
-how many calibration images and whether labels are needed. A row that lies in --work
-already is not measured again.
+how many calibration images and whether labels are needed. Rows and statistics that lie
+in --work already are not taken again.
 """
 
 import argparse
@@ -113,12 +113,11 @@ def _recalibrated(harness: Harness, network: SuperNet, widths: SubnetSpec) -> Su
 def images(harness: Harness, cuts: list[str]) -> Iterator[Row]:
     """Ours, uniform, from few and many images, with labels and without."""
     del cuts
-    most = harness.config.data.images
     for count, cost in (
-        (most, "logit"),
-        (most, "top_logit"),
-        (most, "self_kl"),
+        (harness.config.data.images, "logit"),
         (256, "logit"),
+        (256, "top_logit"),
+        (256, "self_kl"),
         (64, "logit"),
     ):
         stats = functools.partial(harness.stats, count, cost)

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import pathlib
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -71,18 +72,27 @@ class Harness:
         return feed.batches_of(section, self.network.spec, seed=self.config.seed)
 
     def stats(self, images: int = 0, cost: str = "") -> Statistics:
-        """Of the calibration images, each kind once."""
+        """Of the calibration images, each kind once: memory, --work, or a pass."""
         key = images or self.config.data.images, cost or self.config.cost
-        if key not in self._statistics:
-            self._statistics[key] = commands.calibrate(
-                self.network,
-                self.batches(key[0]),
-                cost=key[1],
-                dtype=jnp.float32,
-                weightings=("plain", "taylor"),
-                moments=self.moments,
-            )
-        return self._statistics[key]
+        if key in self._statistics:
+            return self._statistics[key]
+        name = "_".join(("statistics", *map(str, key), *self.moments))
+        path = self._work / f"{name}.pickle"  # written here, read by nobody else
+        if path.exists():
+            self._statistics[key] = pickle.loads(path.read_bytes())
+            return self._statistics[key]
+        found = commands.calibrate(
+            self.network,
+            self.batches(key[0]),
+            cost=key[1],
+            dtype=jnp.float32,
+            weightings=("plain", "taylor"),
+            moments=self.moments,
+        )
+        self._work.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pickle.dumps(found))
+        self._statistics[key] = found
+        return found
 
     def contracted(self, recipe: Recipe, stats: Statistics | None = None) -> SuperNet:
         """The network under a recipe."""

@@ -8,6 +8,7 @@ from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import (
     compensation,
     contraction,
+    latency,
     macs,
     packing,
     piad,
@@ -16,7 +17,14 @@ from flax_skd.method import (
 )
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
-from flax_skd.run import commands, config_files, contracting, recipes, unit_choice
+from flax_skd.run import (
+    commands,
+    config_files,
+    contracting,
+    recipes,
+    time_budget,
+    unit_choice,
+)
 
 pytest.importorskip("orbax.checkpoint")
 WIDTHS = SubnetSpec((9, 0, 3), (6, 0, 12), (40, 13, 0))
@@ -139,6 +147,32 @@ def test_a_list_may_save_parameters_instead(files):
     assert macs.param_count(spec, last) <= 0.6 * macs.param_count(spec)
 
 
+def test_a_list_may_save_time_as_it_was_profiled(files):
+    """In a profile where hidden units cost nothing to speak of, they are kept longest."""
+    spec = checkpoint.load_supernet(files / "net").spec
+    times = latency.Latency(1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-9)
+    name, lanes = time_budget.device_name(), {"attn_lane": 1, "mlp_lane": 1}
+    found = time_budget.Profile(name, "float32", spec, lanes, {4: times}, [])
+    (files / "profile").mkdir()
+    time_budget.write(files / "profile", found, rounds=1)
+    network, _ = contracted(
+        files,
+        "faster",
+        list__kind="loss",
+        list__share=0.4,
+        list__cost="latency",
+        list__attn=4,
+        list__mlp=4,
+        list__profile=str(files / "profile"),
+    )
+    levels = network.dropout_list
+    last = levels.widths(int(levels.levels), spec)
+    full = SubnetSpec.full(spec)
+    assert latency.seconds(times, last) <= 0.6 * latency.seconds(times, full)
+    assert sum(last.mlp_dim) > 0.8 * sum(full.mlp_dim)
+    assert sum(last.qk_dim) < 0.6 * sum(full.qk_dim)
+
+
 def test_measured_units_are_in_every_block_one_of_the_orders_tried(spec, params, batch):
     full = piad.from_rows([SubnetSpec.full(spec)], spec)
     network = SuperNet(params, spec, full, {})
@@ -209,6 +243,8 @@ def test_means_alone_and_half_precision_are_stored_as_asked(files):
         ({"balanced.keys": "none"}, "choose one of"),
         ({"list.kind": "best"}, "choose one of"),
         ({"list.share": 1.0}, "list.share = 1.0"),
+        ({"list.kind": "loss", "list.cost": "joules"}, "macs, params, latency"),
+        ({"list.kind": "loss", "list.cost": "latency"}, "needs list.profile=DIR"),
     ],
 )
 def test_options_that_do_not_exist_are_refused_before_the_pass(files, change, message):

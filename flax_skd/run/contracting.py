@@ -1,5 +1,6 @@
 """The contract command: from statistics to super-networks, one a criterion."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,9 +19,9 @@ from flax_skd.method import (
     packing,
     piad,
 )
-from flax_skd.method.spec import ViTSpec
+from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
-from flax_skd.run import commands, feed, lists, sharding
+from flax_skd.run import commands, feed, lists, sharding, time_budget
 from flax_skd.run.recipes import Recipe, contracted
 
 
@@ -110,18 +111,33 @@ def _size(network: SuperNet) -> str:
 
 
 LISTS = ("uniform", "importance", "loss")
-LIST_COSTS = {"macs": macs.macs, "params": macs.param_count}
 
 
 def _check_list(options: Any) -> None:
     if options.kind not in LISTS:
         raise ValueError(f"list.kind {options.kind!r}: choose one of {LISTS}.")
-    if options.cost not in LIST_COSTS:
-        raise ValueError(
-            f"list.cost {options.cost!r}: choose one of {', '.join(LIST_COSTS)}."
-        )
+    if options.kind == "loss":
+        _list_cost(options)
     if not 0 < options.share < 1:
         raise ValueError(f"list.share = {options.share} must be in (0, 1).")
+
+
+def _list_cost(options: Any) -> Callable[..., float]:
+    """What a list by loss saves."""
+    if options.cost == "latency":
+        if not options.profile:
+            raise ValueError(
+                "list.cost=latency needs list.profile=DIR, what flax-skd profile wrote "
+                "of a super-network of these sizes on this device."
+            )
+        profile = time_budget.read(options.profile)
+        return profile.predicted(options.batch_size or max(profile.latency))
+    counted = {"macs": macs.macs, "params": macs.param_count}
+    if options.cost not in counted:
+        raise ValueError(
+            f"list.cost {options.cost!r}: choose one of {', '.join(counted)}, latency."
+        )
+    return counted[options.cost]
 
 
 def _few(config: Any, spec: ViTSpec) -> feed.OnMesh:
@@ -159,13 +175,14 @@ def list_of(network: SuperNet, options: Any, config: Any) -> piad.DropoutList:
                 options.sensitivity, spec.num_classes
             ),
         )
+    cost = _list_cost(options)
     return lists.by_loss(
         model,
         params,
         batches,
         repairs=repairs,
-        target=(1 - options.share) * LIST_COSTS[options.cost](spec),
-        cost=LIST_COSTS[options.cost],
+        target=(1 - options.share) * cost(spec, SubnetSpec.full(spec)),
+        cost=cost,
         share=options.cuts,
         kinds=allocation.TIED if options.tie_heads else allocation.SEPARATE,
         groups=growth.Groups(options.attn, options.mlp),
