@@ -111,23 +111,24 @@ def _recalibrated(harness: Harness, network: SuperNet, widths: SubnetSpec) -> Su
 
 
 def images(harness: Harness, cuts: list[str]) -> Iterator[Row]:
-    """Ours, uniform, from few and many images, with labels and without."""
+    """Ours, uniform: few and many images, labels or none, a pass in half precision."""
     del cuts
-    for count, cost in (
+    for count, *how in (
         (harness.config.data.images, "logit"),
         (256, "logit"),
+        (256, "logit", "bfloat16"),
         (256, "top_logit"),
         (256, "self_kl"),
         (64, "logit"),
     ):
-        stats = functools.partial(harness.stats, count, cost)
+        stats = functools.partial(harness.stats, count, *how)
 
         @functools.cache
         def network(stats=stats):
             made = harness.contracted(OURS, stats())
             return harness.listed(made, "uniform")
 
-        name = f"{count} images, cost {cost}"
+        name = f"{count} images, cost {', '.join(how)}"
         for share in BUDGETS[:3]:
             yield (
                 "uniform",

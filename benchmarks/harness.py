@@ -63,7 +63,7 @@ class Harness:
         self.recalibration_images = args.recalibration_images
         self._test, self._test_images = args.test, args.test_images
         self._work = pathlib.Path(args.work)
-        self._statistics: dict[tuple[int, str], Statistics] = {}
+        self._statistics: dict[tuple[int, str, str], Statistics] = {}
 
     def batches(self, images: int = 0):
         """Calibration images, so many of them; 0 for as many as the call said."""
@@ -71,9 +71,11 @@ class Harness:
         section.images = images or section.images
         return feed.batches_of(section, self.network.spec, seed=self.config.seed)
 
-    def stats(self, images: int = 0, cost: str = "") -> Statistics:
+    def stats(
+        self, images: int = 0, cost: str = "", dtype: str = "float32"
+    ) -> Statistics:
         """Of the calibration images, each kind once: memory, --work, or a pass."""
-        key = images or self.config.data.images, cost or self.config.cost
+        key = images or self.config.data.images, cost or self.config.cost, dtype
         if key in self._statistics:
             return self._statistics[key]
         name = "_".join(("statistics", *map(str, key), *self.moments))
@@ -85,7 +87,7 @@ class Harness:
             self.network,
             self.batches(key[0]),
             cost=key[1],
-            dtype=jnp.float32,
+            dtype=commands.dtype_named(dtype),
             weightings=("plain", "taylor"),
             moments=self.moments,
         )

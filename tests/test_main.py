@@ -459,6 +459,8 @@ def test_the_python_of_the_readme_runs(supernet, files, monkeypatch):
     spec, widths = names["net"].spec, names["widths"]
     assert names["logits"].shape == (50, spec.num_classes)
     assert macs.macs(spec, widths) <= 0.75 * macs.macs(spec)
+    page = (ROOT / "docs" / "latency.md").read_text()
+    assert f"```python\nimport flax_skd as skd\n\n{served}```" in page  # runs here too
     # Of the profile there is a test above.
     served = served.replace(', profile="profile"', "")
     served = re.sub(r"family.use\(latency_ms.*\n", "", served)
