@@ -60,9 +60,10 @@ def whole(harness: Harness, cuts: list[str]) -> Iterator[Row]:
     ours = functools.cache(lambda: harness.contracted(OURS))
     wpac = functools.cache(lambda: harness.contracted(Recipe(WPAC)))
 
-    def listed(network, kind):
+    def listed(name, network, kind):
         def make():
-            return harness.listed(network(), kind, share=0.7, **LISTS.get(kind, {}))
+            options = {"share": 0.7, **LISTS.get(kind, {})}
+            return harness.listed(network(), name, kind, **options)
 
         return functools.cache(make)
 
@@ -72,17 +73,19 @@ def whole(harness: Harness, cuts: list[str]) -> Iterator[Row]:
     def pruned():
         return rival_forms.variance_pruned(harness.network, harness.stats())
 
-    alike = listed(ours, "uniform")
+    alike = listed("ours", ours, "uniform")
+    by_loss = listed("ours", ours, "loss")
     variants = {
-        "wpac, importance list": listed(wpac, "importance"),
+        "wpac, importance list": listed("wpac", wpac, "importance"),
         "ours, uniform": alike,
-        "ours, list by loss": listed(ours, "loss"),
+        "ours, list by loss": by_loss,
         "ours, uniform, recalibrated": alike,
+        "ours, list by loss, recalibrated": by_loss,
         "corp, uniform q/k and MLP": lambda: corp_of(harness).network,
         "variance-based pruning, MLP alone": functools.cache(pruned),
-        "clover, uniform": listed(clover, "uniform"),
-        "wpac, uniform": listed(wpac, "uniform"),
-        "ours, importance list": listed(ours, "importance"),
+        "clover, uniform": listed("clover", clover, "uniform"),
+        "wpac, uniform": listed("wpac", wpac, "uniform"),
+        "ours, importance list": listed("ours", ours, "importance"),
     }
     for name, make in variants.items():
         for share in BUDGETS:
@@ -126,7 +129,7 @@ def images(harness: Harness, cuts: list[str]) -> Iterator[Row]:
         @functools.cache
         def network(stats=stats):
             made = harness.contracted(OURS, stats())
-            return harness.listed(made, "uniform")
+            return harness.listed(made, "ours", "uniform")
 
         name = f"{count} images, cost {', '.join(how)}"
         for share in BUDGETS[:3]:

@@ -15,6 +15,7 @@ import numpy as np
 from flax_skd.io import data, sources
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import compensation, macs, piad, subnet
+from flax_skd.method.piad import DropoutList
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.statistics import Statistics
 from flax_skd.method.vit import ViT
@@ -132,7 +133,7 @@ class Harness:
 
     def kept(self, row: tuple[str, float, str], make: Callable[[], Scores]) -> Scores:
         """The scores of a row, from an earlier run where there was one."""
-        name = re.sub(r"[^\w.]+", "_", f"{row[0]} {row[1]:.4f} {row[2]}")
+        name = _file_name(f"{row[0]} {row[1]:.4f} {row[2]}")
         path = self._work / f"{name}.npz"
         if path.exists():
             with np.load(path) as held:
@@ -142,12 +143,21 @@ class Harness:
         np.savez(path, **scores._asdict())
         return scores
 
-    def listed(self, network: SuperNet, kind: str, **options: Any) -> SuperNet:
-        """The network with a list that was measured on it."""
+    def listed(
+        self, network: SuperNet, name: str, kind: str, **options: Any
+    ) -> SuperNet:
+        """The network of this name with a list measured on it, now or by an earlier run."""
         config = self.config.copy_and_resolve_references()
         config.list.kind = kind
         config.list.update(options)
+        said = " ".join((name, kind, *(f"{k} {v}" for k, v in options.items())))
+        path = self._work / f"list_{_file_name(said)}.npz"
+        if path.exists():
+            with np.load(path) as held:
+                return network._replace(dropout_list=DropoutList(**held))
         levels = contracting.list_of(network, config.list, config)
+        self._work.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **levels._asdict())
         return network._replace(dropout_list=levels)
 
     def within(self, network: SuperNet, share: float) -> SubnetSpec:
@@ -155,6 +165,10 @@ class Harness:
         limit = int(share * macs.macs(network.spec))
         level = piad.level_for(network.dropout_list, network.spec, limit)
         return network.dropout_list.widths(level, network.spec)
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.]+", "_", text)
 
 
 def interval(values: np.ndarray, rounds: int = 2000) -> tuple[float, float]:
