@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flax_skd.io import checkpoint
+from flax_skd.io import checkpoint, data, sources
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import (
     compensation,
@@ -21,7 +21,9 @@ from flax_skd.run import (
     commands,
     config_files,
     contracting,
+    feed,
     recipes,
+    sharding,
     time_budget,
     unit_choice,
 )
@@ -136,6 +138,21 @@ def test_a_list_is_measured_on_the_network_and_reaches_its_share(files, kind):
     assert (share <= 0.5) if kind == "loss" else (0.5 <= share < 0.7)
     tied = np.array_equal(levels.qk_dim, levels.vo_dim)
     assert tied == (kind == "importance")
+
+
+def test_every_round_of_a_list_by_loss_has_other_images(files, spec):
+    source = sources.open_source(f"npz:{files}/images.npz")
+    batches = data.eval_batches(source, spec.replace(crop_fraction=1.0), batch_size=8)
+    turns = feed.InTurn(batches, sharding.mesh(), images=16, seed=0)
+    seen = [np.concatenate([np.asarray(b["image"]) for b in turns]) for _ in range(4)]
+    assert all(len(images) == 16 for images in seen)
+    first_round = np.concatenate(seen[:3]).reshape(48, -1)
+    every = np.stack([source[i].image for i in range(48)]).reshape(48, -1)
+    np.testing.assert_array_equal(
+        first_round[np.lexsort(first_round.T)], every[np.lexsort(every.T)]
+    )
+    assert not np.array_equal(first_round, every)  # in an order of its own
+    np.testing.assert_array_equal(seen[3], seen[0])
 
 
 def test_a_list_may_save_parameters_instead(files):

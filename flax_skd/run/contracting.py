@@ -142,15 +142,30 @@ def _list_cost(options: Any) -> Callable[..., float]:
 
 def _few(config: Any, spec: ViTSpec) -> feed.OnMesh:
     """The calibration images that are measured again and again."""
-    section, most = config.data.copy_and_resolve_references(), config.list.images
+    section, count = _small_batches(config)
     with section.unlocked():
-        section.images = min(most, section.images or most)
-        # No more padding than the devices ask for: every image counts many times.
-        devices = jax.device_count()
-        whole = -(-section.images // devices) * devices
-        section.batch_size = min(section.batch_size, whole)
+        section.images = count
     batches = feed.batches_of(section, spec, seed=config.seed)
     return feed.OnMesh(batches, sharding.mesh())
+
+
+def _other_few(config: Any, spec: ViTSpec) -> feed.InTurn:
+    """So many of the calibration images, others every time."""
+    section, count = _small_batches(config)
+    batches = feed.batches_of(section, spec, seed=config.seed)
+    count = min(count, batches.num_examples)
+    return feed.InTurn(batches, sharding.mesh(), images=count, seed=config.seed)
+
+
+def _small_batches(config: Any) -> tuple[Any, int]:
+    """The data section in batches for few images, and how many these are."""
+    section, most = config.data.copy_and_resolve_references(), config.list.images
+    with section.unlocked():
+        count = min(most, section.images or most)
+        # No more padding than the devices ask for: every image counts many times.
+        each = -(-count // section.batch_size) * jax.device_count()
+        section.batch_size = -(-count // each) * jax.device_count()
+    return section, count
 
 
 def list_of(network: SuperNet, options: Any, config: Any) -> piad.DropoutList:
@@ -158,7 +173,7 @@ def list_of(network: SuperNet, options: Any, config: Any) -> piad.DropoutList:
     spec = network.spec
     if options is None or options.kind == "uniform":
         return piad.uniform(spec, steps=config.list.levels)
-    mesh, batches = sharding.mesh(), _few(config, spec)
+    mesh = sharding.mesh()
     model = ViT(spec, dtype=commands.dtype_named(config.dtype))
     params = feed.placed(network.params, mesh)
     repairs = network.compensation and feed.placed(network.compensation, mesh)
@@ -166,7 +181,7 @@ def list_of(network: SuperNet, options: Any, config: Any) -> piad.DropoutList:
         return lists.by_importance(
             model,
             params,
-            batches,
+            _few(config, spec),
             repairs=repairs,
             stages=options.stages,
             share=options.share,
@@ -179,7 +194,7 @@ def list_of(network: SuperNet, options: Any, config: Any) -> piad.DropoutList:
     return lists.by_loss(
         model,
         params,
-        batches,
+        _other_few(config, spec),
         repairs=repairs,
         target=(1 - options.share) * cost(spec, SubnetSpec.full(spec)),
         cost=cost,

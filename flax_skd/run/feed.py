@@ -1,10 +1,12 @@
 """Images and parameters onto the mesh, with a bar to watch."""
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from flax_skd.io import data, sources
 from flax_skd.io.extras import require
@@ -56,6 +58,33 @@ class OnMesh:
     def __iter__(self) -> Iterator[Any]:
         for batch in self._batches:
             yield sharding.shard_batch(batch, self._mesh)
+
+
+class InTurn:
+    """As `OnMesh`, with so many images each time, the next ones, and round again.
+
+    What is chosen by few images anew in every round does not learn these few by heart.
+    """
+
+    def __init__(
+        self,
+        batches: data.EvalBatches,
+        mesh: jax.sharding.Mesh,
+        *,
+        images: int,
+        seed: int,
+    ):
+        """Of all the images of `batches`, in an order of their own."""
+        self._batches, self._mesh, self._images = batches, mesh, images
+        self._order = np.random.default_rng(seed).permutation(batches.indices)
+        self._read = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        places = self._read + np.arange(self._images)
+        chosen = self._order[places % len(self._order)]
+        self._read += self._images
+        batches = dataclasses.replace(self._batches, indices=chosen)
+        return iter(OnMesh(batches, self._mesh))
 
 
 def progress(what: str, total: int):

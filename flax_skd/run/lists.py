@@ -125,7 +125,8 @@ def by_loss(
 
     Args:
       model, params: the full network.
-      batches: calibration images, read once a round.
+      batches: calibration images, read once a round; best others every time
+        (`feed.InTurn`): a list measured on few and the same is fitted to them.
       target: cost of the smallest level.
       repairs: the compensation, on in every measurement.
       share, kinds, groups, cost: as in `allocation.allocate`.
