@@ -1,15 +1,19 @@
 """What the closed forms cost: seconds, peak memory and bytes, stage by stage.
 
     python benchmarks/closed_forms_cost.py [--variant=Ti/16] [--images=64] [--out=DIR]
+        [--depth=2]
 
 Random weights and images of the size; one process a row, so that its peak memory is its
 own. Rows of a table are read against the plain pass (forward and backward over the same
-images), as ratios: the machine does not matter then.
+images), as ratios: the machine does not matter then. Allocation is a list by loss down
+to half of the MACs, on a batch a round. `--depth` takes fewer blocks than a large variant
+has, to see what one costs.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import pathlib
 import resource
 import time
@@ -17,7 +21,7 @@ import time
 ROWS = ("plain pass", "wpac", "ours")
 
 
-def measure(row: str, variant: str, images: int, batch_size: int) -> dict:
+def measure(row: str, variant: str, depth: int, images: int, batch_size: int) -> dict:
     """Seconds of every stage and the peak memory of this process."""
     import jax
     import jax.numpy as jnp
@@ -36,9 +40,10 @@ def measure(row: str, variant: str, images: int, batch_size: int) -> dict:
     )
     from flax_skd.method.spec import ViTSpec
     from flax_skd.method.vit import ViT, init
-    from flax_skd.run import recipes
+    from flax_skd.run import lists, recipes
 
     spec = ViTSpec.named(variant)
+    spec = spec.replace(depth=depth or spec.depth)
     params = jax.device_get(init(spec, jax.random.key(0)))
     head = np.random.default_rng(1).normal(size=params["head"]["kernel"].shape)
     params["head"]["kernel"] = (0.02 * head).astype(np.float32)
@@ -61,7 +66,8 @@ def measure(row: str, variant: str, images: int, batch_size: int) -> dict:
         jax.block_until_ready(
             [x for x in jax.tree.leaves(result) if hasattr(x, "shape")]
         )
-        found[name] = time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        found[name] = {"seconds": seconds, "peak_mb": peak_mb()}
         return result
 
     if row == "plain pass":
@@ -96,6 +102,20 @@ def measure(row: str, variant: str, images: int, batch_size: int) -> dict:
         turned = timed(
             "contraction", lambda: recipes.contracted(network, stats, recipe)
         )
+        if row == "ours":
+            timed(
+                "allocation",
+                lambda: (
+                    lists.by_loss(
+                        model,
+                        turned.params,
+                        batches[:1],
+                        repairs=turned.compensation,
+                        target=macs.macs(spec) / 2,
+                        share=0.5,
+                    ).levels
+                ),
+            )
         level = piad.level_for(levels, spec, macs.macs(spec) // 2)
         widths = levels.widths(level, spec)
         repairs = jax.jit(compensation.repaired, static_argnums=1)
@@ -108,15 +128,20 @@ def measure(row: str, variant: str, images: int, batch_size: int) -> dict:
         jax.block_until_ready(extracted())
         timed("extraction", extracted)
         if turned.compensation is not None:
-            found["MB stored"] = packing.size(turned.compensation) / 1e6
-    found["peak MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            found["stored_mb"] = packing.size(turned.compensation) / 1e6
     return found
+
+
+def peak_mb() -> float:
+    """The most memory this process had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
     """Measures every row in a process of its own and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--variant", default="Ti/16")
+    parser.add_argument("--depth", type=int, default=0, help="0: the variant's")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--out")
@@ -124,20 +149,34 @@ def main() -> None:
     rows = {}
     for row in ROWS:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            call = (row, args.variant, args.images, args.batch_size)
+            call = (row, args.variant, args.depth, args.images, args.batch_size)
             rows[row] = pool.apply(measure, call)
-    stages = ("statistics", "contraction", "extraction", "MB stored", "peak MB")
-    lines = [f"| {args.variant}, {args.images} images | {' | '.join(stages)} |"]
-    lines += ["|---" * (len(stages) + 1) + "|"]
-    plain = rows["plain pass"]
+    stages = ("statistics", "contraction", "allocation", "extraction")
+    blocks = f", {args.depth} blocks" if args.depth else ""
+    title = f"{args.variant}{blocks}, {args.images} images: seconds, peak MB so far"
+    lines = [f"| {title} | {' | '.join(stages)} | MB stored |"]
+    lines += ["|---" * (len(stages) + 2) + "|"]
+    plain = rows["plain pass"]["statistics"]
     for row, found in rows.items():
-        cells = [f"{found[s]:.3g}" if s in found else "" for s in stages]
-        cells[0] += f" s ({found['statistics'] / plain['statistics']:.2f})"
-        cells[-1] += f" ({found['peak MB'] / plain['peak MB']:.2f})"
+        told = {
+            s: f"{v['seconds']:.3g}, {v['peak_mb']:.0f}"
+            for s, v in found.items()
+            if s in stages
+        }
+        own = found["statistics"]
+        ratios = (own[k] / plain[k] for k in ("seconds", "peak_mb"))
+        told["statistics"] += " ({:.2f}, {:.2f})".format(*ratios)
+        stored = f"{found['stored_mb']:.1f}" if "stored_mb" in found else ""
+        cells = [*(told.get(s, "") for s in stages), stored]
         lines.append(f"| {row} | {' | '.join(cells)} |")
+    lines.append(
+        f"\nIn brackets as a ratio to the plain pass. float32, batch {args.batch_size}, "
+        f"{os.cpu_count()} cores."
+    )
     print("\n".join(lines))
     if args.out:
-        name = f"closed_forms_cost_{args.variant.replace('/', '').lower()}"
+        size = args.variant.replace("/", "").lower()
+        name = f"closed_forms_cost_{size}" + (f"_{args.depth}" if args.depth else "")
         stem = pathlib.Path(args.out) / name
         stem.parent.mkdir(parents=True, exist_ok=True)
         stem.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
