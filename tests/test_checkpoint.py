@@ -2,16 +2,18 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from flax_skd.io import checkpoint
+from flax_skd.io import checked, checkpoint
 from flax_skd.io.checkpoint import SubNet, SuperNet
 from flax_skd.method import compensation, macs, packing, piad, subnet, vit
 from flax_skd.method.spec import SubnetSpec
@@ -314,6 +316,44 @@ def test_damaged_arrays_are_named(saved):
             path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ValueError, match="arrays cannot be read"):
         checkpoint.load_supernet(saved)
+
+
+def rewrite(folder, tree):
+    """Another tree in place of a super-network's arrays."""
+    shutil.rmtree(folder / "arrays")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as saver:
+        saver.save(folder / "arrays", args=ocp.args.PyTreeSave(tree))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"params": {"a": np.zeros(1 << 28, np.uint8)}}, "unpacks to 2684"),
+        ({"params": np.zeros(3)}, "not params and dropout_list"),
+        ({"dropout_list": [np.zeros(3)]}, "not params and dropout_list"),
+        ({"compensation": {"x": np.full(3, np.nan)}}, "not a compensation"),
+        ({"dropout_list": {"levels": np.float32("nan")}}, "not whole numbers"),
+    ],
+)
+def test_arrays_of_another_form_or_of_endless_size_are_named(
+    saved, supernet, changes, says
+):
+    levels = {k: np.asarray(v) for k, v in supernet.dropout_list._asdict().items()}
+    if isinstance(changes.get("dropout_list"), dict):
+        changes = {"dropout_list": levels | changes["dropout_list"]}
+    rewrite(saved, {"params": supernet.params, "dropout_list": levels} | changes)
+    with pytest.raises(ValueError, match=rf"arrays.*{says}"):
+        checkpoint.load_supernet(saved)
+
+
+def test_a_compensation_that_is_not_finite_is_named(spec):
+    repairs = packing.pack(repairs_of(spec))
+    repairs["block_1/mlp/mean"] = np.full_like(repairs["block_1/mlp/mean"], np.inf)
+    with pytest.raises(ValueError, match="block_1/mlp/mean holds what is no finite"):
+        checked.repairs(repairs, spec)
+    del repairs["block_1/mlp/mean"]
+    with pytest.raises(ValueError, match="block_1/mlp/mean.* missing"):
+        checked.repairs(repairs, spec)
 
 
 def test_what_does_not_match_is_not_saved_either(tmp_path, supernet, small):

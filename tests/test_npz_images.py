@@ -2,10 +2,12 @@
 
 import io
 import os
+import tracemalloc
 import zipfile
 
 import numpy as np
 import pytest
+from mutations import members_of, packed, zipped
 from pictures import contents, encoded, numbered_arrays, value
 
 from flax_skd.io.sources import ArraySource, open_source
@@ -94,3 +96,20 @@ def test_an_npz_that_inflates_without_measure_is_refused(tmp_path):
     np.savez_compressed(tmp_path / "a.npz", images=images, labels=np.zeros(1, int))
     with pytest.raises(ValueError, match="bytes in so small a file"):
         open_source(f"npz:{tmp_path / 'a.npz'}")
+
+
+@pytest.mark.parametrize("method", [8, 12])
+def test_a_member_that_unpacks_to_more_than_it_says_costs_no_memory(tmp_path, method):
+    path = tmp_path / "a.npz"
+    numbers = np.zeros((1, 2, 2, 3), np.uint8)
+    np.savez(path, images=numbers, labels=np.zeros(1, int))
+    members = members_of(path.read_bytes())
+    bomb = packed(method, members[0].data + bytes(40 << 20))
+    lying = members[0]._replace(data=bomb, method=method, size=len(members[0].data))
+    path.write_bytes(zipped([lying, *members[1:]]))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="a.npz does not serve"):
+        open_source(f"npz:{path}")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**21

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -119,6 +120,19 @@ def test_a_tar_whose_header_points_backwards_does_not_hang(tmp_path):
     )
     with pytest.raises(ValueError, match="does not read as a tar"):
         open_source(f"tar:{tmp_path / 'bad.tar'}")
+
+
+def test_a_header_that_asks_for_gigabytes_gets_what_there_is(tmp_path):
+    info = tarfile.TarInfo("pax")
+    info.type, info.size = tarfile.XHDTYPE, 8**11 - 1
+    path = tmp_path / "bad.tar"
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(2 * tarfile.BLOCKSIZE))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="does not read as a tar"):
+        open_source(f"tar:{path}")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
 
 
 def test_random_damage_to_a_tar_gives_an_error_or_a_source(tmp_path):

@@ -2,12 +2,14 @@
 
 import os
 import pickle
+import tracemalloc
 import zipfile
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutations import members_of, zipped
 from pth_files import ORDERED, mapping, number, tensor, text, tuple_of, write
 
 from flax_skd.io import torch_pickle
@@ -126,6 +128,8 @@ def test_code_in_the_pickle_is_refused_by_name_and_not_run(
         (b"ctorch\nSize\n" + mapping({"__call__": number(1)}) + b"b", "setting state"),
         (ORDERED + tuple_of(number(1)) + b"R", "calling something"),
         (text("0") + b"Q", "persistent id"),
+        (b"ctorch\nSize\n]\x85R", "calling torch.Size like this"),
+        (b"}" + number(2**61 - 1) + b"Ns", "integers from"),
     ],
 )
 def test_anything_outside_the_allow_list_is_refused(path, top, message):
@@ -181,6 +185,23 @@ def test_compressed_duplicate_and_escaping_members_are_refused(path):
         write(path, top, SIX, extra=["archive/data/0"])
     with pytest.raises(TorchFileError, match="twice"):
         torch_pickle.load(path)
+
+
+def test_a_member_that_claims_to_be_stored_in_gigabytes_is_refused(path):
+    top = mapping({"x": tensor("0", 6, (6,), (1,))})
+    members = members_of(write(path, top, SIX).read_bytes())
+    path.write_bytes(zipped([members[0]._replace(stored_size=2**31), *members[1:]]))
+    tracemalloc.start()
+    with pytest.raises(TorchFileError, match="claims 2147483648 bytes stored"):
+        torch_pickle.load(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+def test_a_text_of_wrong_escapes_is_an_error_where_warnings_are(path):
+    with pytest.raises(TorchFileError, match="weights.pth"):
+        torch_pickle.load(write(path, b"S'\\z'\n"))
 
 
 def test_a_torchscript_archive_is_refused_by_name(path):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from flax_skd.method import macs, piad, vit
+from flax_skd.method import macs, packing, piad, vit
+from flax_skd.method.compensation import Compensation
 from flax_skd.method.piad import DropoutList
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 
@@ -38,7 +39,10 @@ def levels(tables: dict[str, Any], spec: ViTSpec, where: str) -> DropoutList:
         raise ValueError(
             f"{where}: the dropout list has {sorted(tables)}, not {sorted(names)}."
         )
-    found = DropoutList(**tables)
+    found = DropoutList(**{k: np.asarray(t) for k, t in tables.items()})
+    kinds = sorted({str(t.dtype) for t in found})
+    if not all(np.issubdtype(t.dtype, np.integer) for t in found):
+        raise ValueError(f"{where}: the dropout list has {kinds}, not whole numbers.")
     shapes = {np.shape(t) for t in found[:3]}
     rows = max(s[0] if s else 0 for s in shapes)
     last = int(found.levels) if np.shape(found.levels) == () else -1
@@ -81,3 +85,12 @@ def params(
             f"{where} does not match its spec ({len(wrong)} faults):\n  "
             + "\n  ".join(wrong)
         )
+
+
+def repairs(packed: dict[str, Any], spec: ViTSpec) -> Compensation:
+    """A compensation from its flat arrays, of the sizes of `spec` and finite."""
+    found = packing.unpack(packed, spec)
+    for name, x in packed.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating) or not np.isfinite(x).all():
+            raise ValueError(f"compensation {name} holds what is no finite number.")
+    return found

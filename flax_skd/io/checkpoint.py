@@ -4,6 +4,7 @@ A super-network is a directory of `supernet.json` and `arrays` (orbax); a sub-ne
 one of `spec.json` and `params.safetensors`, readable without orbax.
 """
 
+import math
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from flax_skd.method.vit import Params
 
 SUPERNET_FILES = ("supernet.json", "arrays")
 SUBNET_FILES = ("spec.json", "params.safetensors")
+_MOST_INFLATION = 100  # times the files' size; weights hardly compress
+_SLACK = 2**24  # bytes: tables of levels, and networks of tests, compress more
 
 
 class SuperNet(NamedTuple):
@@ -125,7 +128,9 @@ def load_supernet(directory: str | os.PathLike) -> SuperNet:
     spec = folder.parse(facts, ViTSpec.from_dict, fields["spec"])
     arrays = path / SUPERNET_FILES[1]
     tree = _read_arrays(arrays)
-    if set(tree) - {"compensation"} != {"params", "dropout_list"}:
+    tree = tree if isinstance(tree, dict) else {}
+    groups = {name for name, group in tree.items() if isinstance(group, dict)}
+    if groups != set(tree) or groups - {"compensation"} != {"params", "dropout_list"}:
         raise ValueError(f"{arrays} holds {sorted(tree)}, not params and dropout_list.")
     levels = checked.levels(tree["dropout_list"], spec, str(arrays))
     if fields["levels"] != int(levels.levels):
@@ -138,7 +143,7 @@ def load_supernet(directory: str | os.PathLike) -> SuperNet:
     repairs = None
     if "compensation" in tree:
         packed = flatten_dict(tree["compensation"], sep="/")
-        repairs = folder.parse(arrays, lambda x: packing.unpack(x, spec), packed)
+        repairs = folder.parse(arrays, lambda x: checked.repairs(x, spec), packed)
     return SuperNet(tree["params"], spec, levels, fields["provenance"], repairs)
 
 
@@ -228,9 +233,11 @@ def _to_host(x: Any) -> np.ndarray:
 def _read_arrays(path: pathlib.Path) -> dict[str, Any]:
     """All arrays of an orbax directory as numpy, whatever mesh wrote them."""
     ocp = require("orbax.checkpoint")
+    held = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             tree = reader.metadata(path).item_metadata.tree
+            _check_sizes(tree, _MOST_INFLATION * held + _SLACK)
             as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
             args = jax.tree.map(lambda _: as_numpy, tree)
             return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=args))
@@ -239,3 +246,13 @@ def _read_arrays(path: pathlib.Path) -> dict[str, Any]:
             f"{path} cannot be read ({error}): it is incomplete or damaged. Copy it "
             "again, or save the super-network again."
         ) from error
+
+
+def _check_sizes(tree: Any, most: int) -> None:
+    """Raises ValueError unless arrays say they take at most so many bytes."""
+    total = sum(
+        math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+    if total > most:
+        raise ValueError(f"it unpacks to {total} bytes, at most {most} are read")

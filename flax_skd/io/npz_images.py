@@ -6,6 +6,7 @@ import zipfile
 
 import numpy as np
 
+from flax_skd.io import npy_members
 from flax_skd.io.examples import ArraySource, EncodedSource, check_file
 
 _MOST_INFLATION = 100  # times the size of the file; more is a decompression bomb
@@ -69,18 +70,18 @@ def _read_npz(
 ) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
-            sizes = {i.filename: i.file_size for i in archive.infolist()}
-            held = sorted(n.removesuffix(".npy") for n in sizes)
+            infos = {i.filename: i for i in archive.infolist()}
+            held = sorted(n.removesuffix(".npy") for n in infos)
             if missing := [w for w in wanted if w not in held]:
                 raise ValueError(
                     f"it holds {', '.join(held)} and not {', '.join(missing)}; "
                     f"{_splits(held)}"
                 )
             names = [n for n in (*wanted, *optional) if n in held]
-            total = sum(sizes[f"{n}.npy"] for n in names)
-            if total > _MOST_INFLATION * os.path.getsize(path) + _SLACK:
-                raise ValueError(f"{total} bytes in so small a file")
-            return {n: _read_array(archive, n, sizes[f"{n}.npy"]) for n in names}
+            found = {n: infos[f"{n}.npy"] for n in names}
+            most = _MOST_INFLATION * os.path.getsize(path) + _SLACK
+            npy_members.check(list(found.values()), most=most)
+            return {n: npy_members.read(archive, i) for n, i in found.items()}
     except Exception as error:  # zipfile and the header parser raise almost anything
         raise ValueError(f"npz:{path} does not serve: {error}.") from error
 
@@ -89,19 +90,3 @@ def _splits(held: list[str]) -> str:
     splits = [n.removesuffix("_bytes") for n in held if n.endswith("_bytes")]
     ways = ", ".join(f"npz:PATH:{s}" for s in splits)
     return f"write {ways}" if ways else "write npz:PATH for images and labels"
-
-
-def _read_array(archive: zipfile.ZipFile, name: str, size: int) -> np.ndarray:
-    """An array whose header claims no more than its member holds."""
-    with archive.open(f"{name}.npy") as file:
-        version = np.lib.format.read_magic(file)
-        one = version == (1, 0)
-        header = np.lib.format.read_array_header_1_0 if one else None
-        shape, _, dtype = (header or np.lib.format.read_array_header_2_0)(file)
-        claimed = dtype.itemsize
-        for length in shape:
-            claimed *= length
-        if claimed + file.tell() != size:
-            raise ValueError(f"{name} claims {claimed} bytes, its member has {size}")
-    with archive.open(f"{name}.npy") as file:
-        return np.lib.format.read_array(file, allow_pickle=False)

@@ -7,7 +7,7 @@ import os
 import pathlib
 import posixpath
 import tarfile
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -26,6 +26,17 @@ class _TarReader:
         with open(self.path, "rb", buffering=0) as file:
             file.seek(offset)
             return file.read(size)
+
+
+class _Bounded:
+    """A file that reads no more than it has: a header may ask for eight gigabytes."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self._file, self._size = file, size
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(min(size, max(self._size - self.tell(), 0)))
 
 
 def open_tar(
@@ -77,7 +88,10 @@ def _index_tar(path: str) -> dict[str, tuple[int, int]]:
     check_file(path, f"tar:{path}")
     end, last, members = os.path.getsize(path), -1, {}
     try:
-        with tarfile.open(path, "r:") as tar:
+        with (
+            open(path, "rb") as file,
+            tarfile.open(fileobj=_Bounded(file, end), mode="r:") as tar,
+        ):
             while (member := tar.next()) is not None:
                 if member.size < 0 or member.offset <= last:
                     raise tarfile.ReadError("a header points backwards")

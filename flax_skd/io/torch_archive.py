@@ -152,6 +152,11 @@ def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
                 f"member {name!r} is compressed or encrypted, torch.save does "
                 "neither: re-save it with torch."
             )
+        if info.compress_size != info.file_size:
+            raise TorchFileError(
+                f"member {name!r} claims {info.compress_size} bytes stored and "
+                f"{info.file_size} in all, and nothing is compressed."
+            )
         members[name] = info
     if sum(info.file_size for info in members.values()) > size:
         raise TorchFileError("the members claim more bytes than the file has.")

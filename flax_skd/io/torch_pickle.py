@@ -32,11 +32,13 @@ _LITERALS = {
     *("BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
 }
+_MAX_KEY = 1 << 60
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 _DAMAGE = (
     *(ValueError, TypeError, LookupError, OverflowError, EOFError, OSError),
     *(struct.error, zipfile.BadZipFile, NotImplementedError, RuntimeError),
+    Warning,  # where warnings are errors: of invalid escapes
 )
 
 
@@ -177,9 +179,12 @@ class _Reader:
             raise TorchFileError("the pickle sets items of something that is no dict.")
         for key, value in zip(items[::2], items[1::2]):
             # Plain keys only: the hash of nested shared tuples takes forever.
-            if type(key) not in (str, int, float, bool, type(None)):
+            # Small ones, too: any number of large integers have one hash.
+            plain = type(key) in (str, int, float, bool, type(None))
+            if not plain or (type(key) is int and not -_MAX_KEY < key < _MAX_KEY):
                 raise UnsafePickleError(
-                    f"dictionary key of type {type(key).__name__} is refused."
+                    f"dictionary key of type {type(key).__name__} is refused, and "
+                    "integers from 2**60 on."
                 )
             self.stack[-1][key] = value
 
@@ -210,8 +215,9 @@ class _Reader:
             raise UnsafePickleError("calling something that is no name is refused.")
         if called.name == "collections.OrderedDict" and args == ():
             self.stack.append({})
-        elif called.name == "torch.Size" and len(args) == 1:
-            self.stack.append(tuple(args[0]))
+        elif called.name == "torch.Size" and len(args) == 1 and type(args[0]) is tuple:
+            # A list would be copied at every call: a short pickle could take all memory.
+            self.stack.append(args[0])
         elif called.name == "argparse.Namespace":
             self.stack.append(_Inert())
         elif called.name == "torch._utils._rebuild_tensor_v2":

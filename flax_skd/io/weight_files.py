@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import math
 import pathlib
 import zipfile
 from typing import Any
 
 import numpy as np
 
-from flax_skd.io import torch_pickle
+from flax_skd.io import npy_members, torch_pickle
 from flax_skd.io.extras import require
 from flax_skd.io.torch_archive import bfloat16_to_float32
 
@@ -174,17 +173,11 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
             if len({i.filename for i in infos}) < len(infos):
-                raise ConversionError(f"{path} holds a member twice.")
-            if sum(i.file_size for i in infos) > _MOST_INFLATION * size + (1 << 20):
-                raise ConversionError(
-                    f"{path} unpacks to more than {_MOST_INFLATION} times its size: "
-                    "refused; re-save it with numpy.savez."
-                )
+                raise ValueError("it holds a member twice")
+            npy_members.check(infos, most=_MOST_INFLATION * size + (1 << 20))
             return {
                 i.filename.removesuffix(".npy"): _read_npy(archive, i) for i in infos
             }
-    except ConversionError:
-        raise
     except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds
         raise ConversionError(
             f"{path} is cut short or damaged ({type(error).__name__}: {error})."
@@ -192,22 +185,8 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-    """One array; its header is held against the member's size before it is believed."""
-    with archive.open(info) as stream:
-        version = np.lib.format.read_magic(stream)
-        if version == (1, 0):
-            header = np.lib.format.read_array_header_1_0(stream)
-        else:
-            header = np.lib.format.read_array_header_2_0(stream)
-        shape, fortran, dtype = header
-        if dtype.hasobject:
-            raise ConversionError(
-                f"{archive.filename}: {info.filename} holds Python objects, which "
-                "are never unpickled: re-save it as plain arrays."
-            )
-        if math.prod(shape) * dtype.itemsize != info.file_size - stream.tell():
-            raise ValueError(f"{info.filename}: header and size disagree")
-        values = np.frombuffer(stream.read(), dtype)
+    values = npy_members.read(archive, info)
+    dtype = values.dtype
     if dtype.kind == "V" and dtype.itemsize == 2 and dtype.names is None:
-        values = bfloat16_to_float32(values.view("<u2"))  # how numpy saves bfloat16
-    return values.reshape(shape, order="F" if fortran else "C")
+        return bfloat16_to_float32(values.view("<u2"))  # how numpy saves bfloat16
+    return values
