@@ -12,6 +12,8 @@ def joined(monkeypatch):
     calls = []
     for name in ("TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv(distributed.HEARTBEAT, raising=False)
+    monkeypatch.setattr(distributed, "_watched", lambda *of: calls.append(of))
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **kw: calls.append(kw))
     return calls
@@ -34,16 +36,16 @@ def test_one_machine_joins_nothing(joined, monkeypatch):
 def test_a_tpu_pod_needs_no_flag(joined, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     distributed.start()
-    assert joined == [{}]
+    assert joined == [{"heartbeat_timeout_seconds": 45}, (0, 1, "")]
 
 
 def test_a_cluster_is_found_if_asked(joined):
     distributed.start(detect=True)
-    assert joined == [{}]
+    assert joined == [{"heartbeat_timeout_seconds": 45}, (0, 1, "")]
 
 
 def test_a_cluster_that_is_not_there_is_said(joined, monkeypatch):
-    def initialize():
+    def initialize(**options):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
@@ -54,7 +56,23 @@ def test_a_cluster_that_is_not_there_is_said(joined, monkeypatch):
 def test_named_processes_meet_at_the_coordinator(joined):
     distributed.start(coordinator="h:1234", processes=4, process=3)
     want = {"coordinator_address": "h:1234", "num_processes": 4, "process_id": 3}
-    assert joined == [want]
+    assert joined == [want | {"heartbeat_timeout_seconds": 45}, (3, 4, "h:1234")]
+
+
+def test_the_silence_that_counts_as_a_loss_can_be_set(joined, monkeypatch):
+    monkeypatch.setenv("FLAX_SKD_HEARTBEAT_S", "20")
+    distributed.start(coordinator="h:1234", processes=2, process=0)
+    assert joined[0]["heartbeat_timeout_seconds"] == 20
+    for text in ("1", "soon", "-3", ""):
+        monkeypatch.setenv("FLAX_SKD_HEARTBEAT_S", text)
+        with pytest.raises(ValueError, match="FLAX_SKD_HEARTBEAT_S=.*without it, 45"):
+            distributed.heartbeat()
+
+
+def test_one_process_waits_for_no_word_of_others():
+    refused = pytest.raises(jax.errors.JaxRuntimeError, match="out of memory")
+    with refused, distributed.lost_peers_named():
+        raise jax.errors.JaxRuntimeError("out of memory")
 
 
 def test_a_run_that_is_joined_is_not_joined_again(joined, monkeypatch):

@@ -88,3 +88,12 @@ def test_without_the_package_rows_are_written_all_the_same(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     assert len(told(tmp_path / "log.jsonl")) == 3
     assert not (tmp_path / "tensorboard").exists()
+
+
+def test_a_log_that_a_power_cut_left_damaged_keeps_its_whole_rows(tmp_path):
+    path = tmp_path / "log.jsonl"
+    told(path, steps=4)
+    rows = path.read_bytes().splitlines()
+    left = [rows[0], b"\xff\x80", b"[" * 100_000, b"\0\0", b"3", rows[1][:9]]
+    path.write_bytes(b"\n".join(left))
+    assert [row["step"] for row in told(path, start=2)] == [2, 4, 4]

@@ -26,12 +26,13 @@ FLOORS = {
         [
             *("method.attention", "method.layers", "method.vit", "method.macs"),
             *("method.subnet", "method.losses", "method.costs", "method.moments"),
+            "method.partial_sums",
         ],
         1,
     ),
     **dict.fromkeys(
         [
-            *("method.statistics", "method.second_moments"),
+            *("method.statistics", "method.second_moments", "method.feature_sums"),
             *("method.compensation", "method.unit_order"),
         ],
         2,
@@ -48,7 +49,7 @@ FLOORS = {
     **dict.fromkeys(
         [
             *("run.sharding", "run.train", "run.objective", "run.optimizer"),
-            *("run.gradients", "run.lists", "run.distributed"),
+            *("run.gradients", "run.lists", "run.distributed", "run.witness"),
             *("run.interrupt", "run.elastic", "run.distillation", "run.mixing"),
             *("run.progress", "run.evaluate", "run.report"),
             *("run.recipes", "run.unit_choice", "run.export_index"),
@@ -83,6 +84,8 @@ ALONG_A_FLOOR = {
     ("method.allocation", "method.growth"),
     ("method.allocation", "method.piad"),
     ("method.statistics", "method.second_moments"),
+    ("method.statistics", "method.feature_sums"),
+    ("method.feature_sums", "method.second_moments"),
     ("method.contraction", "method.balance"),
     ("method.latency", "method.piad"),
 }

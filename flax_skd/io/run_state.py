@@ -1,14 +1,18 @@
 """A training run on disk: `checkpoints` (orbax) and `log.jsonl` in one workdir."""
 
+import contextlib
 import logging
 import os
 import pathlib
+import re
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from flax_skd.io import whole_steps
+from flax_skd.io.differences import differences, shapes
 from flax_skd.io.directory import as_json, barrier, local
 from flax_skd.io.extras import require
 
@@ -16,7 +20,10 @@ _LOG = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 LOG = "log.jsonl"
+KEPT = 3  # the newest so many checkpoints stay
 BOARD = "tensorboard"  # the folder of its files
+# What a process that was killed leaves of the network it was writing.
+_UNFINISHED = re.compile(r"\.network\.[0-9a-f]{8}\.(tmp|old)")
 
 
 def claim(
@@ -28,13 +35,14 @@ def claim(
       workdir: new, empty, or holding a run if one of the two below is given; files
         that are not a run's are left alone.
       overwrite: delete the run that is there: its checkpoints and log, nothing else.
-      resume: keep the run that is there.
+      resume: keep the run that is there, but for what was never finished.
 
     Returns:
-      The absolute path of the directory, which exists.
+      The absolute path of the directory, which exists and can be written.
 
     Raises:
-      ValueError: if a run is there and neither is given, or both are.
+      ValueError: if a run is there and neither is given, or both are, or nothing can
+        be written.
     """
     if overwrite and resume:
         raise ValueError("--overwrite and --resume exclude each other: give one.")
@@ -49,11 +57,28 @@ def claim(
         )
     barrier("claim")
     if jax.process_index() == 0:
-        path.mkdir(parents=True, exist_ok=True)
+        _make_writable(path)
         if overwrite:
             _delete(path)
+        for left in path.iterdir():
+            if _UNFINISHED.fullmatch(left.name):
+                shutil.rmtree(left)
     barrier("claimed")
     return path
+
+
+def _make_writable(path: pathlib.Path) -> None:
+    probe = path / ".write_probe"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_text("x", encoding="utf-8")
+        probe.unlink()
+    except OSError as error:
+        probe.unlink(missing_ok=True)
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror or error}): make room, mend "
+            "its permissions, or name another --workdir."
+        ) from error
 
 
 def _delete(workdir: pathlib.Path) -> None:
@@ -72,86 +97,27 @@ def _delete(workdir: pathlib.Path) -> None:
         steps.rmdir()
 
 
-def manager(workdir: str | os.PathLike, *, max_to_keep: int = 3) -> Any:
-    """An orbax `CheckpointManager` of a run, saving in the background.
-
-    Args:
-      workdir: of the run.
-      max_to_keep: the newest so many checkpoints stay.
-    """
+def _manager(folder: pathlib.Path) -> Any:
+    """Of orbax, saving in the background, every step sealed by `whole_steps`."""
     ocp = require("orbax.checkpoint")
+
+    def seal():
+        if jax.process_index() == 0:
+            for fresh in folder.glob("*.orbax-checkpoint-tmp*"):
+                whole_steps.seal(fresh, int(fresh.name.partition(".")[0]))
+
     return ocp.CheckpointManager(
-        local(workdir) / CHECKPOINTS,
+        folder,
         options=ocp.CheckpointManagerOptions(
-            max_to_keep=max_to_keep, create=True, enable_async_checkpointing=True
+            max_to_keep=KEPT,
+            create=True,
+            cleanup_tmp_directories=True,  # of a process that was killed
+            enable_async_checkpointing=True,
+            # Called when all items are written and the folder has no name yet.
+            async_options=ocp.AsyncOptions(post_finalization_callback=seal),
         ),
         item_names=("state", "data", "config"),
     )
-
-
-def save(manager: Any, step: int, *, state: Any, batches: Any, config: Any) -> None:
-    """Saves a run after `step` updates, unless that step is there.
-
-    Args:
-      manager: of `manager`.
-      step: updates done.
-      state: any pytree of arrays.
-      batches: a grain iterator; its position is what is saved.
-      config: what JSON holds; a resumed run must have the same.
-    """
-    if step in manager.all_steps():
-        return
-    ocp, grain = require("orbax.checkpoint"), require("grain.checkpoint")
-    items = ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
-        data=grain.CheckpointSave(batches),
-        config=ocp.args.JsonSave({"config": as_json(config, "config")}),
-    )
-    manager.save(step, args=items, force=True)
-
-
-def restore(manager: Any, *, state: Any, batches: Any, config: Any) -> Any:
-    """Restores the newest checkpoint of a run, on the mesh of `state`.
-
-    Args:
-      manager: of `manager`.
-      state: a pytree of arrays with the wanted shapes and shardings; only its form
-        is used.
-      batches: a grain iterator, moved to the saved position.
-      config: of this run.
-
-    Returns:
-      The saved state.
-
-    Raises:
-      ValueError: if the config differs (each difference is shown), or the checkpoint
-        does not fit the state or is damaged.
-    """
-    ocp, grain = require("orbax.checkpoint"), require("grain.checkpoint")
-    step, path = manager.latest_step(), manager.directory
-
-    def read(**items):
-        try:
-            return manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # orbax and tensorstore raise many types
-            raise ValueError(
-                f"checkpoint {step} in {path} cannot be restored: it is damaged, or "
-                f"of another network or optimizer ({error})."
-            ) from error
-
-    saved = read(config=ocp.args.JsonRestore()).config["config"]
-    wrong = differences(saved, as_json(config, "config"))
-    if wrong:
-        raise ValueError(
-            f"the run in {path} had another config:\n  "
-            + "\n  ".join(wrong)
-            + "\nResume with the saved config, or start anew in another workdir."
-        )
-    _check_shapes(path, step, state)
-    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    return read(
-        state=ocp.args.StandardRestore(like), data=grain.CheckpointRestore(batches)
-    ).state
 
 
 class Checkpoints:
@@ -173,6 +139,8 @@ class Checkpoints:
     ):
         """Claims the workdir, after a look at what shall be saved in it.
 
+        To resume, steps that are newer than the newest whole one are set aside.
+
         Args:
           workdir: see `claim`; None for none.
           batches: a grain iterator.
@@ -181,10 +149,10 @@ class Checkpoints:
 
         Raises:
           ValueError: if `claim` refuses, `batches` has no position that could be
-            saved, or JSON cannot hold the config.
+            saved, JSON cannot hold the config, or there are steps and none is whole.
         """
         self.workdir = self.manager = None
-        self._items = {"batches": batches, "config": as_json(config, "config")}
+        self._batches, self._config = batches, as_json(config, "config")
         if not workdir:
             return
         has_position = isinstance(batches, require("grain").DatasetIterator)
@@ -194,36 +162,104 @@ class Checkpoints:
                 "run can be resumed: pass a grain iterator, or no workdir."
             )
         self.workdir = claim(workdir, overwrite=overwrite, resume=resume)
-        self.manager = manager(self.workdir)
+        self._folder = self.workdir / CHECKPOINTS
+        self._step = self._take_newest() if resume else None
+        self.manager = _manager(self._folder)
+
+    def _take_newest(self) -> int | None:
+        """The newest whole step, newer ones set aside; before orbax reads any."""
+        if not whole_steps.steps(self._folder):
+            return None
+        step, damaged = whole_steps.newest(self._folder)
+        whole_steps.set_aside(self._folder, damaged, step)
+        return step
 
     def restore(self, state: Any) -> Any:
-        """The newest saved state, `batches` moved with it; `state` if there is none."""
+        """The newest whole state, `batches` moved with it; `state` if none was saved.
+
+        Args:
+          state: a pytree of arrays with the wanted shapes and shardings.
+
+        Raises:
+          ValueError: if there is no workdir, the config differs (each difference is
+            shown), or the checkpoint does not fit the state.
+        """
         if self.manager is None:
             raise ValueError("a run without a workdir cannot be resumed: give one.")
-        if self.manager.latest_step() is None:
-            _LOG.warning("nothing to resume in %s", self.manager.directory)
+        if self._step is None:
+            _LOG.warning("nothing to resume in %s", self._folder)
             return state
-        state = restore(self.manager, state=state, **self._items)
-        _LOG.info("resumed after step %d", self.manager.latest_step())
+        state = self._read(self._step, state)
+        _LOG.info("resumed after step %d", self._step)
         return state
 
+    def _read(self, step: int, state: Any) -> Any:
+        ocp, grain = require("orbax.checkpoint"), require("grain.checkpoint")
+
+        def read(**items):
+            try:
+                return self.manager.restore(step, args=ocp.args.Composite(**items))
+            except Exception as error:  # orbax and tensorstore raise many types
+                raise ValueError(
+                    f"checkpoint {step} in {self._folder} cannot be restored: it is of "
+                    f"another network or optimizer, or of another orbax ({error})."
+                ) from error
+
+        saved = read(config=ocp.args.JsonRestore()).config["config"]
+        wrong = differences(saved, self._config)
+        if wrong:
+            raise ValueError(
+                f"checkpoint {step}: the run in {self._folder} had another config:\n  "
+                + "\n  ".join(wrong)
+                + "\nResume with the saved config, or start anew in another workdir."
+            )
+        _check_shapes(self._folder, step, state)
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        data = grain.CheckpointRestore(self._batches)
+        return read(state=ocp.args.StandardRestore(like), data=data).state
+
     def save(self, step: int, state: Any) -> None:
-        """Saves after `step` updates, in the background."""
-        if self.manager:
-            save(self.manager, step, state=state, **self._items)
+        """Saves after `step` updates, in the background, unless that step is there."""
+        if not self.manager or step in self.manager.all_steps():
+            return
+        ocp, grain = require("orbax.checkpoint"), require("grain.checkpoint")
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=grain.CheckpointSave(self._batches),
+            config=ocp.args.JsonSave({"config": self._config}),
+        )
+        with self._named():
+            self.manager.save(step, args=items, force=True)
 
     def last(self) -> str:
-        """The newest whole checkpoint, in words."""
-        if self.manager:
+        """The newest whole checkpoint, in words; a save that fails meanwhile is none."""
+        if not self.manager:
+            return "none"
+        with contextlib.suppress(Exception):  # said when the run is closed
             self.manager.wait_until_finished()
-            if self.manager.latest_step() is not None:
-                return f"step {self.manager.latest_step()} in {self.manager.directory}"
-        return "none"
+        return self._newest()
+
+    def _newest(self) -> str:
+        there = whole_steps.steps(self._folder)  # orbax counts those that failed
+        return f"step {there[0]} in {self._folder}" if there else "none"
 
     def close(self) -> None:
         """Waits for what is being saved, and ends."""
         if self.manager:
-            self.manager.close()
+            with self._named():
+                self.manager.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Says which save failed, and what is left."""
+        try:
+            yield
+        except Exception as error:  # orbax and tensorstore raise many types
+            raise OSError(
+                f"a checkpoint could not be saved in {self._folder}: {error}\nMake room "
+                "or mend its permissions, then run the same again with --resume. Last "
+                f"good checkpoint: {self._newest()}."
+            ) from error
 
 
 def _check_shapes(path: Any, step: int, state: Any) -> None:
@@ -235,44 +271,9 @@ def _check_shapes(path: Any, step: int, state: Any) -> None:
         raise ValueError(
             f"checkpoint {step} in {path} cannot be restored: it is damaged ({error})."
         ) from error
-    wrong = differences(_shapes(saved), _shapes(state))
+    wrong = differences(shapes(saved), shapes(state))
     if wrong:
         raise ValueError(
             f"checkpoint {step} in {path} cannot be restored: it is of another network "
             "or optimizer, whose arrays have other shapes:\n  " + "\n  ".join(wrong)
         )
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    def shape(x):
-        key = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        return tuple(jax.random.key_data(x).shape if key else x.shape)
-
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): shape(x)
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-        if hasattr(x, "shape")
-    }
-
-
-def differences(saved: Any, now: Any) -> list[str]:
-    """One line for each field that two JSON values do not share."""
-    old, new = _flat(saved), _flat(now)
-
-    def shown(fields, key):
-        return repr(fields[key]) if key in fields else "nothing"
-
-    return [
-        f"{key}: saved {shown(old, key)}, now {shown(new, key)}"
-        for key in sorted(old | new)
-        if key not in old or key not in new or old[key] != new[key]
-    ]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix or "config": value}
-    flat = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    return flat

@@ -1,8 +1,35 @@
-"""Several processes as one run: who the others are, and where to meet them."""
+"""Several processes as one run: who the others are, and what happens if one is lost."""
 
+import atexit
+import contextlib
+import logging
 import os
+import time
+from collections.abc import Iterator
 
 import jax
+
+from flax_skd.run import witness
+
+_LOG = logging.getLogger(__name__)
+
+HEARTBEAT = "FLAX_SKD_HEARTBEAT_S"
+HEARTBEAT_S = 45  # seconds; JAX's own default, 100, is more than a minute
+
+
+def heartbeat() -> int:
+    """Seconds of silence after which a process counts as lost.
+
+    Raises:
+      ValueError: if `FLAX_SKD_HEARTBEAT_S` is set to no whole number above 1.
+    """
+    text = os.environ.get(HEARTBEAT, str(HEARTBEAT_S))
+    if not text.isdecimal() or int(text) < 2:
+        raise ValueError(
+            f"{HEARTBEAT}={text}: write whole seconds, 2 or more; without it, "
+            f"{HEARTBEAT_S}."
+        )
+    return int(text)
 
 
 def start(
@@ -16,6 +43,7 @@ def start(
 
     Nothing happens on one machine of its own. A TPU pod is found by what its machines
     have in their environment; other hosts are named, or found by the cluster's manager.
+    When a process is lost, the others end after at most `heartbeat` seconds, and say so.
 
     Args:
       coordinator: HOST:PORT of process 0, the same in every process.
@@ -47,19 +75,57 @@ def start(
             f"{processes - 1}."
         )
     jax.distributed.initialize(
-        coordinator_address=coordinator, num_processes=processes, process_id=process
+        coordinator_address=coordinator,
+        num_processes=processes,
+        process_id=process,
+        heartbeat_timeout_seconds=heartbeat(),
     )
+    _watched(process, processes, coordinator)
 
 
 def _detect() -> None:
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat())
     except ValueError as error:
         raise ValueError(
             f"no cluster that JAX knows was found here ({error}) Leave --distributed "
             "out on one machine, or name the processes by --coordinator=HOST:PORT, "
             "--processes=N and --process=I."
         ) from error
+    _watched(jax.process_index(), jax.process_count(), "")
+
+
+def _watched(process: int, processes: int, coordinator: str) -> None:
+    """Starts a witness, and sees to it that it knows an end from a death."""
+    if processes == 1:
+        return
+    seen = witness.Witness(process, processes, coordinator)
+
+    def leave():
+        seen.tell(witness.LEAVING)
+        jax.distributed.shutdown()  # waits for the others; JAX ends us if it cannot
+        seen.tell(witness.LEFT)
+
+    atexit.register(leave)
+
+
+@contextlib.contextmanager
+def lost_peers_named() -> Iterator[None]:
+    """Holds back an error of the devices until JAX has had time to say who is lost.
+
+    A lost process breaks the connections of the others at once, and what they raise
+    then tells of sockets; JAX knows which process it was after `heartbeat` seconds.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() > 1:
+            _LOG.error(
+                "a step failed: %s\nIf another process is lost, the next %d s tell.",
+                *(error, heartbeat()),
+            )
+            time.sleep(heartbeat() + 5)
+        raise
 
 
 def _on_pod() -> bool:

@@ -162,11 +162,12 @@ def _rewind(path: pathlib.Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # Whatever a full disk or a power cut left there, the rows that are whole stay.
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     fresh = path.with_suffix(".tmp")
     fresh.write_text("".join(kept), encoding="utf-8")

@@ -1,12 +1,16 @@
 """The metrics of the newest step: not fetched before the next one runs, then checked."""
 
+import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 from flax_skd.run.objective import Metrics
+
+_LOG = logging.getLogger(__name__)
 
 
 class NonFiniteLossError(ValueError):
@@ -54,3 +58,18 @@ class Running:
             f"{self._disk.last()}. Look at these examples and their labels (one that "
             "is no class gives nan), lower the learning rate, or clip the gradient."
         )
+
+
+def closing(close: Callable[[], None]) -> Callable[..., None]:
+    """For `ExitStack.push`: calls `close`, whose error never hides why a run ended."""
+
+    def leave(kind, error, trace):
+        del kind, trace
+        try:
+            close()
+        except Exception as later:
+            if error is None:
+                raise
+            _LOG.warning("and as the run ended: %s", later)
+
+    return leave

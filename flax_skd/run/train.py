@@ -14,12 +14,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_skd.io import run_state
 from flax_skd.method.vit import Params
-from flax_skd.run import gradients, sharding
+from flax_skd.run import distributed, gradients, sharding
 from flax_skd.run.interrupt import Stopped, sigterm
 from flax_skd.run.objective import Array, Batch, Loss, Metrics, classification_loss
 from flax_skd.run.optimizer import cosine, make_optimizer
 from flax_skd.run.progress import Progress
-from flax_skd.run.settling import NonFiniteLossError, Running
+from flax_skd.run.settling import NonFiniteLossError, Running, closing
 
 __all__ = [
     "NonFiniteLossError",
@@ -204,7 +204,7 @@ def fit(
             overwrite=overwrite,
             resume=resume,
         )
-        stack.callback(disk.close)
+        stack.push(closing(disk.close))
         if resume:
             state = sharding.copy_to(disk.restore(state), place)
         start = int(state.step)
@@ -215,9 +215,10 @@ def fit(
             every_steps=log_every_steps,
             every_s=log_every_s,
         )
-        stack.callback(progress.close)
+        stack.push(closing(progress.close))
         told_to_stop = stack.enter_context(sigterm(disk.manager))
         running = Running(progress, disk, schedule)
+        stack.enter_context(distributed.lost_peers_named())
         for step in range(start + 1, steps + 1):
             if before_epoch and (step - 1) % epoch_steps == 0:
                 running.settle()
