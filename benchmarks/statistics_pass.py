@@ -1,8 +1,13 @@
 """Speed and memory of the statistics pass beside a plain forward and backward pass.
 
     python benchmarks/statistics_pass.py [--path=WEIGHTS --data=tar:IMAGES] [--out=DIR]
+    python benchmarks/statistics_pass.py --variant=B/16 --images=16 --batch_size=8 \
+        --rows=plain,taylor,moments,few,step --hidden_every=4
 
-Without flags: random weights, random images, nothing to download.
+Without flags: random weights, random images, nothing to download. `moments` is what
+`configs/balanced.py` collects, `few` the same with hidden units of every k-th image,
+`step` a training step with AdamW, whose memory the passes are held against. Rotations
+and their injection are timed too, from the sums of one batch.
 """
 
 import argparse
@@ -17,25 +22,14 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+from pass_rows import DTYPES, TITLES, batches, contraction_seconds, network, prepared
 
-from flax_skd.io import conversion, data, sources
 from flax_skd.io.extras import require
-from flax_skd.method import costs, statistics, vit
-from flax_skd.method.spec import ViTSpec
+from flax_skd.method import statistics
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-WEIGHTINGS = {"taylor": ("taylor",), "both": ("taylor", "plain")}
-TITLES = {
-    "plain": "forward + backward, gradient of all parameters",
-    "input": "forward + backward, gradient of the image alone",
-    "taylor": "statistics pass, Taylor-weighted moments",
-    "both": "statistics pass, Taylor-weighted and plain moments",
-}
 TABLE_HEAD = (
     "| pass | images/s | time over the first row | compile s | planned MB | "
-    "peak MB, host | peak MB, device |"
+    "peak MB, host | peak MB, device | peak over the step's |"
 )
 SHORT, LONG = 2, 8  # batches of the two passes whose memory is compared
 
@@ -54,6 +48,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=int, default=32)
     add("--images", type=int, default=256, help="a multiple of the batch size")
     add("--repeats", type=int, default=5, help="rounds; each times every row once")
+    add("--rows", default="plain,input,taylor,both", help=f"of {','.join(TITLES)}")
+    add("--hidden_every", type=int, default=4, help="k, of the row `few`")
     add("--out", help="directory for statistics_pass.json and statistics_pass.md")
     add("--memory_of", choices=["nothing", *TITLES], help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -64,79 +60,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             f"--images={args.images} must be a multiple of --batch_size="
             f"{args.batch_size}, so that no row pays for padding"
         )
+    args.rows = args.rows.split(",")
+    if args.rows[0] != "plain" or not set(args.rows) <= set(TITLES):
+        parser.error(f"--rows starts with plain; the others are of {list(TITLES)}")
     return args
-
-
-def network(args: argparse.Namespace):
-    """The network to measure: of --path, or random. Returns (model, params)."""
-    if args.path:
-        source = conversion.read(args.path, variant=args.variant, recipe=args.recipe)
-        spec, params = source.spec, jax.device_put(source.params)
-    else:
-        spec = ViTSpec.named(args.variant, image_size=args.image_size)
-        # A fresh head is zero, and so would every gradient before it be.
-        leaves, tree = jax.tree.flatten(vit.init(spec, jax.random.key(0)))
-        keys = jax.random.split(jax.random.key(1), len(leaves))
-        noise = [0.02 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
-        params = jax.tree.unflatten(tree, map(jnp.add, leaves, noise))
-    return vit.ViT(spec, dtype=DTYPES[args.dtype]), params
-
-
-def batches(args: argparse.Namespace, spec: ViTSpec, count: int = 0):
-    """`count` batches, or --images images, one by one so that few are alive."""
-    count = count or args.images // args.batch_size
-    if args.data:
-        source = sources.open_source(
-            args.data, labels=args.labels, num_classes=spec.num_classes
-        )
-        chosen = sources.take(source, count * args.batch_size)
-        yield from data.eval_batches(chosen, spec, batch_size=args.batch_size)
-        return
-    rng = np.random.default_rng(0)
-    size = (args.batch_size, spec.image_size, spec.image_size, spec.in_channels)
-    for _ in range(count):
-        yield {
-            "image": rng.integers(0, 256, size, np.uint8),
-            "label": rng.integers(0, spec.num_classes, size[0], np.int32),
-            "weight": np.ones(size[0], np.float32),
-        }
-
-
-def gradient_step(model: vit.ViT, of: str):
-    """A plain pass as a function (last result, params, batch, pilot) -> result."""
-
-    def total(params, image, batch):
-        logits = model.apply({"params": params}, image)
-        return jnp.sum(costs.correct_logit(logits, batch["label"]) * batch["weight"])
-
-    def step(last, params, batch, pilot):
-        del last, pilot
-        image = vit.normalise(batch["image"], model.spec)
-        return jax.grad(total, argnums=0 if of == "plain" else 1)(params, image, batch)
-
-    return step
-
-
-def prepared(name: str, model: vit.ViT, params, batch, pilot):
-    """Compiles a row: (step, function that makes its first carry, seconds it took)."""
-    if name in WEIGHTINGS:
-        sums_of = functools.partial(
-            statistics.batch_sums, model, weightings=WEIGHTINGS[name]
-        )
-        shapes = jax.eval_shape(sums_of, params, batch, pilot)
-
-        def step(sums, *inputs):  # a batch of `statistics.collect`
-            return jax.tree.map(jnp.add, sums, sums_of(*inputs))
-
-    else:
-        shapes, step = (), gradient_step(model, name)
-
-    def start():
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-    before = time.perf_counter()
-    lowered = jax.jit(step, donate_argnums=0).lower(start(), params, batch, pilot)
-    return lowered.compile(), start, time.perf_counter() - before
 
 
 def run(compiled, carry, params, images, pilot):
@@ -173,7 +100,8 @@ def memory_here(args: argparse.Namespace) -> list[dict[str, int]]:
     jax.block_until_ready(pilot)
     if args.memory_of == "nothing":
         return [peaks()]
-    compiled, start, _ = prepared(args.memory_of, model, params, first, pilot)
+    inputs = params, first, pilot, args.hidden_every
+    compiled, start, _ = prepared(args.memory_of, model, *inputs)
     found = []
     for count in (SHORT, LONG):
         images = map(jax.device_put, batches(args, model.spec, count=count))
@@ -182,10 +110,12 @@ def memory_here(args: argparse.Namespace) -> list[dict[str, int]]:
     return found
 
 
-def measure_memory(arguments: list[str]) -> dict[str, list[dict[str, int]]]:
+def measure_memory(
+    rows: list[str], arguments: list[str]
+) -> dict[str, list[dict[str, int]]]:
     """`memory_here` of every row and of an idle process, each a fresh one."""
     found = {}
-    for name in require("tqdm").tqdm(["nothing", *TITLES], desc="memory"):
+    for name in require("tqdm").tqdm(["nothing", *rows], desc="memory"):
         command = [sys.executable, os.path.abspath(__file__), *arguments]
         command.append(f"--memory_of={name}")
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -198,7 +128,8 @@ def measure_time(args: argparse.Namespace):
     model, params = network(args)
     images = [jax.device_put(batch) for batch in batches(args, model.spec)]
     pilot = jax.jit(functools.partial(statistics.pilot_means, model))(params, images[0])
-    rows = {name: prepared(name, model, params, images[0], pilot) for name in TITLES}
+    inputs = params, images[0], pilot, args.hidden_every
+    rows = {name: prepared(name, model, *inputs) for name in args.rows}
     for compiled, start, _ in rows.values():  # warm up
         run(compiled, start(), params, images[:1], pilot)
     names, seconds = list(rows), {name: [] for name in rows}
@@ -233,12 +164,17 @@ def summary(times, memory, args: argparse.Namespace) -> dict:
             "time_over_plain": [stats.median(ratios), min(ratios), max(ratios)],
             "peak_above_idle": [{k: p[k] - idle[k] for k in p} for p in memory[name]],
         }
+    against = rows.get("step", rows["plain"])["peak_above_idle"][-1]
+    for row in rows.values():
+        last = row["peak_above_idle"][-1]
+        row["peak_over_step"] = {k: last[k] / against[k] for k in last}
     return {
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
         "flags": {k: v for k, v in vars(args).items() if k not in ("out", "memory_of")},
         "rows": rows,
+        "contraction_seconds": contraction_seconds(args),
     }
 
 
@@ -252,7 +188,7 @@ def markdown(found: dict) -> str:
     def mb(*counts):
         return ", ".join("-" if c is None else f"{c / 1e6:,.0f}" for c in counts)
 
-    lines = [TABLE_HEAD, "|---" * 7 + "|"]
+    lines = [TABLE_HEAD, "|---" * 8 + "|"]
     for name, row in found["rows"].items():
         short, long = row["peak_above_idle"]
         cells = [
@@ -263,6 +199,7 @@ def markdown(found: dict) -> str:
             mb(row["planned_bytes"]),
             mb(short["rss"], long["rss"]),
             mb(short.get("device"), long.get("device")),
+            ", ".join(f"{k} {v:.2f}" for k, v in row["peak_over_step"].items()),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     flags, size = found["flags"], found["flags"]["batch_size"]
@@ -276,6 +213,10 @@ def markdown(found: dict) -> str:
             f"Peaks after {SHORT * size} and {LONG * size} images, above an idle "
             "process; on the host with the compiler's own memory."
         ),
+        (
+            "Rotations and injection (wpac): {:.2f} s the first time, then {:.2f} and "
+            "{:.2f} s.".format(*found["contraction_seconds"])
+        ),
     ]
     return "\n".join(lines)
 
@@ -286,7 +227,7 @@ def main() -> None:
     if args.memory_of:
         return print(json.dumps(memory_here(args)))
     # Memory first: a child inherits the peak of the process that starts it.
-    memory = measure_memory(sys.argv[1:])
+    memory = measure_memory(args.rows, sys.argv[1:])
     found = summary(measure_time(args), memory, args)
     print(table := markdown(found))
     if args.out:

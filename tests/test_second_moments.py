@@ -186,3 +186,55 @@ def test_a_pass_without_moments_holds_none(network, images):
         images,
     )
     assert [set(block) for block in shapes] == [set(statistics.SITES)] * SMALL.depth
+
+
+def test_hidden_moments_of_every_second_image_are_those_of_these_images(
+    network, images, stats
+):
+    options = {"moments": ("gradient",), "hidden_every": 2}
+    got = collect(SMALL, network, images, 4, **options)
+    half = {k: v[::2] for k, v in images.items()}
+    want = collect(SMALL, network, half, 4, moments=("gradient",))
+    for i in range(SMALL.depth):
+        for have, there in zip(
+            *(
+                [
+                    s.branch_mean(i, "mlp", "gradient"),
+                    s.branch_covariance(i, "mlp", "gradient"),
+                ]
+                for s in (got, want)
+            )
+        ):
+            near(have, there)
+        few, whole = (s.branches[i]["gradient"] for s in (got, stats))
+        near(few.mlp.gram, want.branches[i]["gradient"].mlp.gram)
+        assert abs(few.mlp.weight - whole.mlp.weight) > 0.1 * whole.mlp.weight
+        near(few.query, whole.query)  # all else is of all images
+        near(few.attn.gram, whole.attn.gram)
+        near(
+            got.branch_covariance(i, "attn", "gradient"),
+            stats.branch_covariance(i, "attn", "gradient"),
+        )
+
+
+def test_hidden_moments_of_every_image_of_a_device_do_not_depend_on_their_number(
+    network, images
+):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    options = {"moments": ("gradient",), "hidden_every": 2}
+    spread = statistics.collect(
+        ViT(SMALL), network, [jax.device_put(images, rows)], **options
+    )
+    alone = collect(SMALL, network, images, 8, **options)
+    for i in range(SMALL.depth):
+        near(
+            spread.branch_covariance(i, "mlp", "gradient"),
+            alone.branch_covariance(i, "mlp", "gradient"),
+        )
+
+
+@pytest.mark.parametrize("every", [0, 3])
+def test_hidden_images_that_do_not_divide_are_refused(network, images, every):
+    with pytest.raises(ValueError, match=f"hidden_every = {every} must divide the 8"):
+        collect(SMALL, network, images, 8, moments=("plain",), hidden_every=every)

@@ -7,7 +7,7 @@ returns full-shaped parameters, so that `ViT.apply(repaired, masks)` and
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +148,8 @@ def repaired(
       widths: tuples of ints or integer arrays [L], traced or not.
 
     Returns:
-      A tree of the shapes and dtypes of `params`.
+      A tree of the shapes and dtypes of `params`; of numpy arrays where all is known,
+      widths in ints and parameters: then nothing is compiled for them.
 
     Raises:
       ValueError: if widths or compensation do not have one entry a block.
@@ -156,50 +157,72 @@ def repaired(
     if compensation is None:
         return params
     kept = {"attn": widths.vo_dim, "mlp": widths.mlp_dim}
-    kept = {kind: jnp.asarray(width, jnp.int32) for kind, width in kept.items()}
     _check_depths(spec, compensation, kept)
+    if _known(params, compensation, kept):
+        params, compensation = jax.device_get((params, compensation))
+        make = _Make(np, _refit_on_host)
+    else:
+        kept = {kind: jnp.asarray(w, jnp.int32) for kind, w in kept.items()}
+        make = _Make(jnp, _refit)
     new = dict(params)
-    carry = (jnp.zeros(spec.width), jnp.array(False))
+    carry = (make.of.zeros(spec.width, np.float32), make.of.array(False))
     for i in reversed(range(spec.depth)):
         block = new[f"block_{i}"] = dict(params[f"block_{i}"])
         for kind, number in (("mlp", 2), ("attn", 1)):
             repair, width = getattr(compensation, kind)[i], kept[kind][i]
             scale = f"layer_scale{number}"
             block[kind], changed, carry = _repair_branch(
-                repair, width, block[kind], block.get(scale), _LAST[kind], carry
+                make, repair, width, block[kind], block.get(scale), _LAST[kind], carry
             )
             if scale in block:
                 block[scale] = changed
     return _add_to_stream(new, spec, carry[0])
 
 
-def _repair_branch(repair, width, branch, layer_scale, name, carry):
+class _Make(NamedTuple):
+    """numpy or jax.numpy, and how rows are re-fitted there."""
+
+    of: Any
+    refit: Callable[..., Any]
+
+
+def _known(params, compensation, kept) -> bool:
+    widths = [w for width in kept.values() for w in width]
+    if not all(isinstance(w, int | np.integer) for w in widths):
+        return False
+    leaves = jax.tree.leaves((params, compensation))
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+
+
+def _repair_branch(make, repair, width, branch, layer_scale, name, carry):
     """(branch, its LayerScale, what is carried past it and whether there is any)."""
     carried, carrying = carry
     last = branch[name]
     group = last["kernel"].shape[0] if last["kernel"].ndim == 3 else 1
-    kernel, bias = _refit(repair, _rows(last["kernel"]), last["bias"], width * group)
-    scale = jnp.ones_like(bias)
+    rows = _rows(last["kernel"])
+    kernel, bias = make.refit(repair, rows, last["bias"], width * group)
+    xp = make.of
+    scale = xp.ones_like(bias)
     if layer_scale is not None:
         scale = layer_scale.astype(jnp.float32)
-    on = width > 0
+    on = xp.asarray(width > 0)
     takes = on & carrying
     mean_output = scale * bias  # of a removed branch: b(0) = b + mean W
-    kernel = jnp.where(takes, scale[None] * kernel, kernel)
-    bias = jnp.where(takes, scale * bias + carried, bias)
+    kernel = xp.where(takes, scale[None] * kernel, kernel)
+    bias = xp.where(takes, scale * bias + carried, bias)
     if layer_scale is not None:
-        layer_scale = jnp.where(takes, jnp.ones_like(layer_scale), layer_scale)
+        layer_scale = xp.where(takes, xp.ones_like(layer_scale), layer_scale)
     new = {
         "kernel": _unrows(kernel, last["kernel"]),
         "bias": bias.astype(last["bias"].dtype),
     }
-    carry = (jnp.where(on, 0.0, carried + mean_output), ~on)
+    carry = (xp.where(on, 0.0, carried + mean_output), ~on)
     return {**branch, name: new}, layer_scale, carry
 
 
 def _check_depths(spec: ViTSpec, compensation: Compensation, kept: dict) -> None:
     for kind, width in kept.items():
-        shape, blocks = width.shape, len(getattr(compensation, kind))
+        shape, blocks = np.shape(width), len(getattr(compensation, kind))
         if shape != (spec.depth,) or blocks != spec.depth:
             raise ValueError(
                 f"{kind}: widths of shape {shape} and repairs of {blocks} blocks, the "
@@ -235,6 +258,27 @@ def _refit(repair: Repair, kernel: Array, bias: Array, width: Array):
         new = new + kept * solved
     lost = jnp.matmul(mean.astype(jnp.float32), kernel - new, precision=_HIGHEST)
     return new, bias.astype(jnp.float32) + lost
+
+
+def _refit_on_host(repair: Repair, kernel: Array, bias: Array, width: int):
+    """As `_refit`, from the rows and columns that a known cut leaves.
+
+    Lc[:m, :m]^T X = Lc[m:, :m]^T W[m:]; W(m) = W[:m] + X.
+    """
+    from scipy.linalg import solve_triangular  # jax needs scipy too
+
+    mean, factor, kernel, bias = (
+        None if x is None else np.asarray(x, np.float32)
+        for x in (*repair, kernel, bias)
+    )
+    new = kernel.copy()
+    new[width:] = 0
+    if factor is not None and 0 < width < len(kernel):
+        seen = factor[width:, :width].T @ kernel[width:]
+        new[:width] += solve_triangular(
+            factor[:width, :width], seen, trans=1, lower=True, check_finite=False
+        )
+    return new, bias + mean @ (kernel - new)
 
 
 def _add_to_stream(params: Params, spec: ViTSpec, shift: Array) -> Params:

@@ -153,6 +153,8 @@ def taps(
     pilot: tuple[dict[str, Array], ...],
     live: Array,
     moments: tuple[str, ...],
+    *,
+    hidden_every: int = 1,
 ) -> Taps:
     """A tap whose identities sum into the cotangents of `accumulators`.
 
@@ -162,7 +164,9 @@ def taps(
       pilot: of `statistics.pilot_means`.
       live: [B], 0 for padding.
       moments: as given to `zeros`.
+      hidden_every: the sums of hidden units are those of images 0, k, 2 k, ...
     """
+    every = {"mlp_out": hidden_every, "attn_out": 1}
     before = {}  # what a block showed ahead of the place where it is needed
 
     def tap(block, name, feature):
@@ -176,7 +180,8 @@ def taps(
                 seen["query"] = before["query"] * spec.head_dim**-0.5
         elif name in BRANCHES:
             branch, inner = BRANCHES[name]
-            fields, sums_of = (branch,), _branch_sums
+            fields = (branch,)
+            sums_of = functools.partial(_branch_sums, every=every[name])
             seen |= {"inner": before[inner], "pilot": pilot[block][inner]}
         if not fields:
             return feature
@@ -226,16 +231,17 @@ def _attended(queries: Array, keys: Array, live: Array) -> Array:
     return _outer(weighted, keys) - _outer(means, means)
 
 
-def _branch_sums(output, gradient, seen, names):
+def _branch_sums(output, gradient, seen, names, *, every):
     del output
-    f, g = seen["inner"].astype(jnp.float32), gradient.astype(jnp.float32)
+    f, g = seen["inner"][::every], gradient[::every]
+    f, g = f.astype(jnp.float32), g.astype(jnp.float32)
     if f.ndim == 4:  # [B, H, N, d]
         f = f.swapaxes(1, 2).reshape(*g.shape[:2], -1)
     centred = f - seen["pilot"].reshape(1, 1, -1)
     product = functools.partial(jnp.einsum, "bnc,bne->ce", precision=_HIGHEST)
     gram, sums = product(g, g), {}
     for name in names:
-        weight = WEIGHTINGS[name].output(g) * seen["live"].reshape(-1, 1)
+        weight = WEIGHTINGS[name].output(g) * seen["live"][::every].reshape(-1, 1)
         weighted = weight[..., None] * centred
         second = product(weighted, centred)
         sums[name] = (BranchMoments(weight.sum(), weighted.sum((0, 1)), second, gram),)

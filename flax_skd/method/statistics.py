@@ -8,57 +8,28 @@ outlives its layer and memory does not grow with the number of images.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from flax_skd.method import costs, second_moments
+from flax_skd.method import costs, feature_sums, partial_sums, second_moments
+from flax_skd.method.feature_sums import HIGHEST, SITES, FeatureSums, Moments
 from flax_skd.method.second_moments import observed
-from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import Array, BlockMasks, Params, ViT
 
-SITES = ("query", "key", "value", "hidden")
-HIGHEST = jax.lax.Precision.HIGHEST
-
-# Weight of a token of a head [B, H, N] from f, g [B, H, N, d].
-WEIGHTINGS: dict[str, Callable[[Array, Array], Array]] = {
-    "taylor": second_moments.WEIGHTINGS["gradient"].own,
-    "plain": second_moments.WEIGHTINGS["plain"].own,
-}
-
-
-class Moments(NamedTuple):
-    """Sums under one token weighting w, of features about the pilot mean.
-
-    Attributes:
-      weight: sum of w, [H].
-      first: sum of w f, [H, d].
-      second: sum of w f^T f, [H, d, d].
-    """
-
-    weight: Array
-    first: Array
-    second: Array
-
-
-class FeatureSums(NamedTuple):
-    """Sums of one feature over all tokens of all images; H = 1 for hidden units.
-
-    Attributes:
-      first: sum of f about the pilot mean, [H, d].
-      square: sum of f^2 about the pilot mean, [H, d].
-      taylor1: sum of |g f|, [H, d].
-      taylor2: sum of (g f)^2 / 2, [H, d].
-      moments: `Moments` by weighting name; empty for hidden units.
-    """
-
-    first: Array
-    square: Array
-    taylor1: Array
-    taylor2: Array
-    moments: dict[str, Moments]
+__all__ = [
+    "HIGHEST",
+    "SITES",
+    "FeatureSums",
+    "Moments",
+    "Statistics",
+    "batch_sums",
+    "check_finite",
+    "collect",
+    "pilot_means",
+]
 
 
 class Statistics(NamedTuple):
@@ -113,52 +84,6 @@ class Statistics(NamedTuple):
         return second_moments.covariance(moments)
 
 
-def _heads(feature: Array) -> Array:
-    """[B, H, N, d] as it is, hidden units [B, N, M] with one head; float32."""
-    if feature.ndim == 3:
-        feature = feature[:, None]
-    return feature.astype(jnp.float32)
-
-
-def _sums_of(feature, gradient, seen, zeros) -> FeatureSums:
-    (pilot, live), f, g = seen, _heads(feature), _heads(gradient)
-    live = live.reshape(-1, 1, 1)
-    centred = f - pilot[None, :, None]
-    present = centred * live[..., None]
-    moments = {}
-    for name in zeros.moments:
-        weight = WEIGHTINGS[name](f, g) * live
-        weighted = weight[..., None] * centred
-        moments[name] = Moments(
-            weight.sum((0, 2)),
-            weighted.sum((0, 2)),
-            jnp.einsum("bhnd,bhne->hde", weighted, centred, precision=HIGHEST),
-        )
-    # g is zero for a padded example: the cost does not see it.
-    return FeatureSums(
-        first=present.sum((0, 2)),
-        square=(present * centred).sum((0, 2)),
-        taylor1=jnp.abs(f * g).sum((0, 2)),
-        taylor2=jnp.square(f * g).sum((0, 2)) / 2,
-        moments=moments,
-    )
-
-
-def _zeros(spec: ViTSpec, weightings: tuple[str, ...], moments: tuple[str, ...]):
-    """Accumulators: of `FeatureSums` and of `second_moments`, one dict a block each."""
-
-    def site(heads, size, names):
-        rows, shapes = (heads, size), ((heads,), (heads, size), (heads, size, size))
-        held = {name: Moments(*map(jnp.zeros, shapes)) for name in names}
-        return FeatureSums(*map(jnp.zeros, (rows,) * 4), held)
-
-    shapes = dict.fromkeys(SITES, (spec.num_heads, spec.head_dim, weightings))
-    shapes["hidden"] = (1, spec.mlp_dim, ())
-    blocks = range(spec.depth)  # with arrays of their own: `collect` donates them
-    sums = tuple({name: site(*shapes[name]) for name in SITES} for _ in blocks)
-    return sums, tuple(second_moments.zeros(spec, moments) for _ in blocks)
-
-
 def pilot_means(model: ViT, params: Params, batch: dict[str, Array], masks=None):
     """Mean of every feature over one batch, the point the sums are taken about.
 
@@ -170,7 +95,7 @@ def pilot_means(model: ViT, params: Params, batch: dict[str, Array], masks=None)
     def tap(block, name, feature):
         if name not in (*SITES, "mixed"):
             return feature
-        f = _heads(feature) * live.reshape(-1, 1, 1, 1)
+        f = feature_sums.heads(feature) * live.reshape(-1, 1, 1, 1)
         # An all-padding batch has no mean: zero is as good a point as any.
         count = jnp.maximum(live.sum(), 1) * f.shape[2]
         found[block][name] = f.sum((0, 2)) / count
@@ -190,6 +115,7 @@ def batch_sums(
     weightings: tuple[str, ...] = ("taylor",),
     moments: tuple[str, ...] = (),
     masks: tuple[BlockMasks, ...] | None = None,
+    hidden_every: int = 1,
 ) -> Any:
     """The sums of one batch, by one forward and one backward pass.
 
@@ -204,27 +130,43 @@ def batch_sums(
         `second_moments.ATTENDED` attended keys too, about the cost of attention again.
       masks: of a sub-network (`subnet.masks`), whose sums are then taken: of all units,
         those that are cut too, on the stream that the cut leaves.
+      hidden_every: `moments` of hidden units take images 0, k, 2 k, ... of a batch.
 
     Returns:
       One dict a block, site -> `FeatureSums`. With `moments`, a pair: those, and one
       dict a block, weighting -> `second_moments.BlockMoments`.
     """
-    zeros = _zeros(model.spec, weightings, moments)
-    both = _both_sums(model, params, batch, pilot, cost, moments, masks, zeros)
+    zeros = jax.tree.map(jnp.zeros_like, _shapes(model, weightings, moments))
+    options = cost, moments, hidden_every
+    both = _both_sums(model, options, zeros, batch, (params, pilot, masks))
     return both if moments else both[0]
 
 
-def _both_sums(model, params, batch, pilot, cost, moments, masks, zeros):
+def _shapes(model, weightings, moments):
+    """Of the sums: of `FeatureSums` and of `second_moments`, one dict a block each."""
+    spec, blocks = model.spec, range(model.spec.depth)
+    return jax.eval_shape(
+        lambda: (
+            tuple(feature_sums.zeros(spec, weightings) for _ in blocks),
+            tuple(second_moments.zeros(spec, moments) for _ in blocks),
+        )
+    )
+
+
+def _both_sums(model, options, zeros, batch, shared):
+    (cost, moments, every), (params, pilot, masks) = options, shared
     live = batch["weight"]
 
     def total(zeros):
         sums, branches = zeros
-        also = second_moments.taps(model.spec, branches, pilot, live, moments)
+        also = second_moments.taps(
+            model.spec, branches, pilot, live, moments, hidden_every=every
+        )
 
         def tap(block, name, feature):
             if name in SITES:
                 seen = pilot[block][name], live
-                feature = observed(_sums_of, feature, seen, sums[block][name])
+                feature = observed(feature_sums.of, feature, seen, sums[block][name])
             return also(block, name, feature) if moments else feature
 
         logits = model.apply({"params": params}, batch["image"], masks, tap)
@@ -242,37 +184,60 @@ def collect(
     weightings: tuple[str, ...] = ("taylor",),
     moments: tuple[str, ...] = (),
     masks: tuple[BlockMasks, ...] | None = None,
+    hidden_every: int = 1,
 ) -> Statistics:
     """Sums over all batches, in one jitted pass.
 
     The result does not depend on batch size or number of devices, but for rounding.
+    Devices that share out a batch keep sums of their own and exchange them at the end.
 
     Args:
       model, params, cost, weightings, moments, masks: as in `batch_sums`.
       batches: dicts of arrays, all of one shape; global arrays if there is a mesh.
+      hidden_every: k >= 1, a divisor of a device's share of a batch. `moments` of hidden
+        units, the dearest sums, are then those of every k-th image alone.
 
     Raises:
-      ValueError: if there is no batch, or a sum is not finite (the block is named).
+      ValueError: if there is no batch, a sum is not finite (the block is named), or
+        `hidden_every` does not divide.
     """
-    asked, total = (model, cost, tuple(moments)), None  # what it is compiled for
+    options, total = (cost, tuple(moments), hidden_every), None
     for batch in batches:
         if total is None:
+            place = partial_sums.place_of(batch["weight"])
+            _check_every(hidden_every, len(batch["weight"]), partial_sums.count(place))
             pilot = jax.jit(pilot_means, static_argnums=0)(model, params, batch, masks)
-            total = (jnp.zeros(()), _zeros(model.spec, weightings, moments))
-        total = _add_batch(*asked, total, params, batch, pilot, masks)
+            shapes = _shapes(model, weightings, moments)
+            total = partial_sums.zeros((jnp.zeros(()), shapes), place)
+        shared = params, pilot, masks
+        total = _add_batch(model, options, place, total, batch, shared)
+        # One batch at a time: none waits on the devices, and progress is what is done.
+        jax.block_until_ready(total[0])
     if total is None:
         raise ValueError("no calibration images: the source of batches is empty.")
-    statistics = Statistics(total[0], model.spec.num_tokens, pilot, *total[1])
+    images, sums = partial_sums.joined(total)
+    statistics = Statistics(images, model.spec.num_tokens, pilot, *sums)
     check_finite(statistics)
     return statistics
 
 
+def _check_every(every: int, images: int, devices: int) -> None:
+    if every < 1 or images // devices % every:
+        raise ValueError(
+            f"hidden_every = {every} must divide the {images // devices} images that a "
+            f"device has of a batch of {images}."
+        )
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
-def _add_batch(model, cost, moments, total, params, batch, pilot, masks):
-    images, sums = total
-    # No cotangent depends on the accumulators: the totals stand in for zeros.
-    fresh = _both_sums(model, params, batch, pilot, cost, moments, masks, sums)
-    return images + batch["weight"].sum(), jax.tree.map(jnp.add, sums, fresh)
+def _add_batch(model, options, place, total, batch, shared):
+    def add(total, batch, shared):
+        images, sums = total
+        # No cotangent depends on the accumulators: the totals stand in for zeros.
+        fresh = _both_sums(model, options, sums, batch, shared)
+        return images + batch["weight"].sum(), jax.tree.map(jnp.add, sums, fresh)
+
+    return partial_sums.apart(add, place)(total, batch, shared)
 
 
 def check_finite(statistics: Statistics) -> None:

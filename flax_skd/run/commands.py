@@ -93,6 +93,7 @@ def calibrate(
     dtype: Any,
     weightings: tuple[str, ...],
     moments: tuple[str, ...] = (),
+    hidden_every: int = 1,
 ) -> statistics.Statistics:
     """The statistics pass over the mesh, with a progress bar."""
     mesh = sharding.mesh()
@@ -113,6 +114,7 @@ def calibrate(
             cost=cost,
             weightings=weightings,
             moments=moments,
+            hidden_every=hidden_every,
         )
     # The same on every host, and what follows is done by each for itself.
     return jax.device_get(found)
@@ -186,5 +188,6 @@ def subnet_within(supernet: SuperNet, *, cost: Any, limit: float) -> tuple[SubNe
     level = piad.level_for(supernet.dropout_list, spec, int(limit), cost=cost)
     widths = supernet.dropout_list.widths(level, spec)
     whole = compensation.repaired(supernet.params, spec, supernet.compensation, widths)
-    params = jax.device_get(subnet.extract(whole, widths))
+    # On the host: a slice on a device is compiled, one for every width.
+    params = subnet.extract(jax.device_get(whole), widths)
     return SubNet(params, spec, widths, {"level": level}), level

@@ -1,0 +1,199 @@
+"""Images/s per core of the training input: augmented, and grain's ceiling, decode alone.
+
+    python benchmarks/input_pipeline.py [--augment=deit] [--source=tar:IMAGES.tar] [--out=DIR]
+
+Without a source: JPEGs of about 500 x 375 pixels made of smooth random fields with
+grain, which cost a decoder what photographs do. Rows take turns: grain with nothing but
+the decoder; grain with decoder and the resize of evaluation; the batches a training run
+draws (`data.train_batches`). The first batches fill buffers and are not counted. A run's
+own waiting is `data_wait` in its log lines.
+"""
+
+import argparse
+import functools
+import io
+import itertools
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from flax_skd.io import augment, data, preprocess, sources
+from flax_skd.io.examples import EncodedSource
+from flax_skd.io.extras import require
+from flax_skd.method.spec import ViTSpec
+
+AUGMENT = {"deit": augment.deit, "flip_crop": augment.flip_crop, "none": augment.none}
+TITLES = {
+    "decode": "grain, decode alone",
+    "resize": "grain, decode and the square of evaluation",
+    "train": "train_batches, decode and augment",
+}
+
+
+def photograph(rng: np.random.Generator, size: tuple[int, int]) -> bytes:
+    """A JPEG of smooth random fields of several scales and a little grain."""
+    pil = require("PIL.Image")
+    width, height = size
+    total = np.full((height, width, 3), 128.0)
+    for scale in (4, 16, 64):
+        coarse = rng.normal(size=(scale * 3 // 4, scale, 3))
+        for channel in range(3):
+            field = pil.fromarray(coarse[..., channel].astype(np.float32))
+            field = field.resize(size, pil.Resampling.BICUBIC)
+            total[..., channel] += 160 / scale**0.5 * np.asarray(field)
+    total += rng.normal(scale=4, size=total.shape)
+    file = io.BytesIO()
+    pixels = np.clip(total, 0, 255).astype(np.uint8)
+    pil.fromarray(pixels).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def generated(count: int) -> tuple[EncodedSource, float]:
+    """A source of images in memory, and their mean size in kilobytes."""
+    rng = np.random.default_rng(0)
+    sizes = [(500, 375), (375, 500), (500, 333)]
+    files = [photograph(rng, sizes[i % 3]) for i in range(count)]
+    names = [f"image {i}" for i in range(count)]
+    source = EncodedSource(
+        files.__getitem__,
+        names,
+        labels=[i % 10 for i in range(count)],
+        name="generated",
+    )
+    return source, sum(map(len, files)) / count / 1e3
+
+
+def grain_batches(source: Any, args: argparse.Namespace, transform: Any) -> Iterator:
+    """Endless batches by grain alone, its threads as `data.train_batches` has them."""
+    grain = require("grain")
+    count = data._threads()
+    options = grain.ReadOptions(num_threads=count, prefetch_buffer_size=4 * count)
+    positions = grain.MapDataset.range(len(source)).seed(0).shuffle().repeat()
+    made = positions.map(lambda i: transform(source[int(i)].image))
+    return iter(made.to_iter_dataset(options))
+
+
+def rows(source: Any, spec: ViTSpec, args: argparse.Namespace) -> dict[str, Iterator]:
+    """Row -> an endless iterator, one item an image."""
+
+    def trained():
+        batches = data.train_batches(
+            source,
+            spec,
+            batch_size=min(args.batch_size, len(source)),
+            seed=0,
+            augment=AUGMENT[args.augment],
+        )
+        for batch in batches:
+            yield from batch["image"]
+
+    square = functools.partial(preprocess.evaluation, spec=spec)
+    return {
+        "decode": grain_batches(source, args, lambda image: image.size),
+        "resize": grain_batches(source, args, square),
+        "train": trained(),
+    }
+
+
+def measure(source: Any, args: argparse.Namespace) -> dict[str, list[dict]]:
+    """Wall and CPU seconds of every turn of every row."""
+    spec = ViTSpec.named("B/16", image_size=args.image_size)
+    found: dict[str, list[dict]] = {name: [] for name in TITLES}
+    for turn in require("tqdm").trange(args.rounds + 1):
+        for name in sorted(TITLES, reverse=bool(turn % 2)):
+            # One row's threads at a time: those of an idle one fill their buffers.
+            images = rows(source, spec, args)[name]
+            for _ in itertools.islice(images, args.batch_size):
+                pass
+            wall, cpu = time.perf_counter(), time.process_time()
+            for _ in itertools.islice(images, args.images):
+                pass
+            times = {
+                "wall": time.perf_counter() - wall,
+                "cpu": time.process_time() - cpu,
+            }
+            del images
+            if turn:
+                found[name].append(times)
+    return found
+
+
+def summary(found: dict[str, list[dict]], args: argparse.Namespace) -> dict[str, dict]:
+    """Rates and ratios to decoding, medians with the least and the most."""
+
+    def spread(values):
+        return [float(np.median(values)), float(min(values)), float(max(values))]
+
+    cores, rows = os.cpu_count() or 1, {}
+    for name, turns in found.items():
+        ceiling = found["decode"]
+        rows[name] = {
+            "images_per_s_core": spread(
+                [args.images / t["wall"] / cores for t in turns]
+            ),
+            "images_per_cpu_s": spread([args.images / t["cpu"] for t in turns]),
+            "of_ceiling": spread(
+                [c["wall"] / t["wall"] for c, t in zip(ceiling, turns)]
+            ),
+        }
+    return rows
+
+
+def markdown(rows: dict[str, dict], size: float, args: argparse.Namespace) -> str:
+    """The table."""
+    lines = [
+        "| pipeline | images/s per core | images per CPU second | of the ceiling |",
+        "|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        cells = [
+            "{:.0f} ({:.0f} to {:.0f})".format(*row[key])
+            for key in ("images_per_s_core", "images_per_cpu_s")
+        ]
+        share = "{:.2f} ({:.2f} to {:.2f})".format(*row["of_ceiling"])
+        lines.append(f"| {TITLES[name]} | {' | '.join(cells)} | {share} |")
+    kind = args.source or f"generated JPEGs of {size:.0f} kB"
+    lines.append(
+        f"\n{kind}, to {args.image_size} pixels, augment {args.augment}, {args.images} "
+        f"images a turn, {args.rounds} rounds, median (least to most); "
+        f"{os.cpu_count()} cores, {data._threads()} threads."
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures, prints the table and writes it."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--source", help="images to read instead, such as tar:PATH or folder:PATH")
+    add("--labels", help="of a tar: sorted, or a JSON file {name: class}")
+    add("--augment", default="deit", choices=AUGMENT)
+    add("--image_size", type=int, default=224)
+    add("--batch_size", type=int, default=64)
+    add("--images", type=int, default=512, help="of one row in one turn")
+    add("--generated", type=int, default=64, help="different JPEGs to make")
+    add("--rounds", type=int, default=5)
+    add("--out", help="directory for input_pipeline.json and input_pipeline.md")
+    args = parser.parse_args()
+    if args.source:
+        source, size = sources.open_source(args.source, labels=args.labels), 0.0
+    else:
+        source, size = generated(args.generated)
+    found = summary(measure(source, args), args)
+    text = markdown(found, size, args)
+    print(text)
+    if args.out:
+        stem = pathlib.Path(args.out) / "input_pipeline"
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"rows": found, "cores": os.cpu_count(), "flags": vars(args)}
+        stem.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+        stem.with_suffix(".md").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""What devices send each other in a step and in a pass, as compiled, against theory."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from collectives import axes, collectives, total
+
+from flax_skd.method import partial_sums, statistics, vit
+from flax_skd.method.spec import ViTSpec
+from flax_skd.method.vit import ViT
+from flax_skd.run import objective, sharding, train
+
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < 8, reason="needs eight (virtual) devices"
+)
+# Sizes that eight devices divide where rules cut them, and no two alike by chance.
+SPEC = ViTSpec(
+    image_size=16,
+    patch_size=4,
+    width=24,
+    depth=2,
+    num_heads=2,
+    mlp_dim=40,
+    num_classes=5,
+)
+BATCH = 16
+SCALARS = 2 * 4  # loss and accuracy
+
+
+@functools.cache
+def shapes():
+    """Parameters by path, without a number in them."""
+    tree = jax.eval_shape(lambda: vit.init(SPEC, jax.random.key(0)))
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in paths}
+
+
+def size(keep=lambda path: True):
+    return 4 * sum(math.prod(x.shape) for p, x in shapes().items() if keep(p))
+
+
+@functools.cache
+def compiled(**shape):
+    """Collectives of the train step of `fit` on a mesh, and the mesh."""
+    mesh = sharding.mesh(shape, devices=jax.devices()[: math.prod(shape.values())])
+    optimizer = train.make_optimizer(1e-3)
+    state = jax.eval_shape(
+        lambda: train.initial_state(
+            vit.init(SPEC, jax.random.key(0)), optimizer, jax.random.key(1)
+        )
+    )
+    place = sharding.param_sharding(state, mesh)
+    loss = objective.classification_loss(ViT(SPEC))
+    step = functools.partial(
+        train.train_step,
+        loss=sharding.with_whole_params(loss, place.params),
+        optimizer=optimizer,
+        ema_decay=0.9,
+    )
+    batch = {
+        "image": jax.ShapeDtypeStruct((BATCH, 16, 16, 3), np.uint8),
+        "label": jax.ShapeDtypeStruct((BATCH,), np.int32),
+    }
+    program = train._compiled(step, mesh, place).lower(state, batch).compile()
+    return collectives(program.as_text(), mesh.size), mesh
+
+
+def over(found, mesh, *names):
+    return [c for c in found if axes(c, mesh) == names]
+
+
+def activations(examples):
+    """Bytes of the residual stream of so many images."""
+    return 4 * examples * SPEC.num_tokens * SPEC.width
+
+
+def test_data_parallelism_sums_every_gradient_once_and_sends_nothing_else():
+    found, mesh = compiled(data=8)
+    assert {c.kind for c in found} == {"all-reduce"}
+    assert found == over(found, mesh, "data")
+    assert total(found, "all-reduce") == size() + SCALARS
+
+
+def cut(path):
+    return path.endswith("kernel")  # of width 24, which 8 divides; norms stay whole
+
+
+def test_fsdp_gathers_parameters_once_and_sums_gradients_once():
+    found, _ = compiled(fsdp=8)
+    assert {c.kind for c in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
+    assert total(found, "all-gather") == size(cut)
+    # A scatter leaves an eighth of what comes in. Where the compiler has none (CPU), it
+    # sums whole gradients and cuts them: twice the bytes on the links.
+    summed = total(found, "all-reduce") + 8 * total(found, "reduce-scatter")
+    # The norm of the parameters, a number for each array that is cut.
+    norms = 4 * sum(map(cut, shapes()))
+    assert summed == size() + SCALARS + norms
+
+
+def test_tensor_parallelism_sums_activations_after_and_before_each_branch():
+    found, _ = compiled(model=2)
+    assert {c.kind for c in found} == {"all-reduce"}
+    stream = [c for c in found if c.bytes >= activations(BATCH)]
+    forward = [c for c in stream if "transpose" not in c.source]
+    assert [c.bytes for c in forward] == [activations(BATCH)] * 2 * SPEC.depth
+    # Backward, the gradients of what queries, keys and values read are sent as three
+    # arrays in one operation: this compiler does not add them before.
+    backward = sorted(c.bytes // activations(BATCH) for c in stream if c not in forward)
+    assert backward == [1] * SPEC.depth + [3] * SPEC.depth
+
+
+@pytest.mark.parametrize("shape", [{"data": 4, "model": 2}, {"data": 2, "fsdp": 4}])
+def test_no_activations_of_other_examples_are_gathered(shape):
+    found, mesh = compiled(**shape)
+    for c in found:
+        moved = c.kind in ("all-gather", "all-to-all", "collective-permute")
+        assert not (moved and "data" in axes(c, mesh)), c
+        assert not any(BATCH * SPEC.num_tokens in s or BATCH in s for s in c.shapes), c
+
+
+def statistics_program(moments):
+    """Collectives of one batch of the pass on eight devices, and those at its end."""
+    mesh = sharding.mesh()
+    rows = sharding.batch_sharding(mesh)
+    batch = {
+        "image": jax.ShapeDtypeStruct((BATCH, 16, 16, 3), np.float32, sharding=rows),
+        "label": jax.ShapeDtypeStruct((BATCH,), np.int32, sharding=rows),
+        "weight": jax.ShapeDtypeStruct((BATCH,), np.float32, sharding=rows),
+    }
+    spec = SPEC.replace(depth=1)
+    params = jax.eval_shape(lambda: vit.init(spec, jax.random.key(0)))
+    model, place = ViT(spec), partial_sums.place_of(batch["weight"])
+    pilot = jax.eval_shape(
+        functools.partial(statistics.pilot_means, model), params, batch
+    )
+    like = jnp.zeros(()), statistics._shapes(model, ("taylor",), moments)
+    sums = partial_sums.zeros(like, place)
+    options = lambda logits, labels: logits[:, 0], moments, 1
+    args = (model, options, place, sums, batch, (params, pilot, None))
+    each = statistics._add_batch.lower(*args).compile()
+    last = partial_sums.joined.lower(sums).compile()
+    size = sum(4 * math.prod(x.shape) for x in jax.tree.leaves(like))
+    return *(collectives(p.as_text(), 8) for p in (each, last)), size
+
+
+def test_statistics_are_exchanged_once_a_pass_and_not_at_every_batch():
+    each, last, size = statistics_program(("gradient",))
+    assert each == []
+    assert {c.kind for c in last} == {"all-reduce"}
+    assert total(last, "all-reduce") == size
+
+
+HLO = """
+  %all-reduce.1 = (f32[24]{0}, bf16[2,3]{1,0}) all-reduce(%a, %b), channel_id=1, \
+replica_groups=[2,4]<=[8], to_apply=%add, metadata={op_name="jit(f)/sum"}
+  %g = f32[8,16]{1,0} all-gather(%x), replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}
+  %r = f32[] reduce-scatter-start(%y), replica_groups=[4,2]<=[2,2,2]T(2,0,1), to_apply=%add
+  %m = f32[4] all-gather(%w), channel_id=1, replica_groups=mesh['axis_0'=2,'axis_1'=4], \
+device_ids=([2,2,2]T(1,0,2)) {'axis_0'}, dimensions={0}
+  %p = u8[3]{0} collective-permute(%z), source_target_pairs={{0,1},{1,0}}
+  %no = f32[8]{0} add(%all-reduce.1, %g)
+"""
+
+
+def test_bytes_groups_and_sources_are_read_from_text():
+    found = collectives(HLO, 8)
+    assert [c.kind for c in found] == [
+        *("all-reduce", "all-gather", "reduce-scatter"),
+        *("all-gather", "collective-permute"),
+    ]
+    assert [c.bytes for c in found] == [24 * 4 + 6 * 2, 8 * 16 * 4, 4, 16, 3]
+    assert found[0].source == "jit(f)/sum" and found[0].shapes == ((24,), (2, 3))
+    mesh = sharding.mesh({"data": 2, "fsdp": 2, "model": 2})
+    assert axes(found[0], mesh) == ("fsdp", "model")
+    assert axes(found[1], mesh) == ("data",)
+    assert found[2].groups == {frozenset(g) for g in ((0, 2), (4, 6), (1, 3), (5, 7))}
+    assert axes(found[2], mesh) == ("fsdp",)
+    assert found[3].groups == {frozenset(g) for g in ((0, 2), (1, 3), (4, 6), (5, 7))}
+    assert axes(found[4], mesh) == ("model",)
