@@ -79,10 +79,11 @@ def run(tasks, seed):
                 left[name].pop(0)
                 yield name, index, found
         except EOFError:
+            worker.join(10)
             worker.kill()
             worker.join()
-            if begun is None:
-                raise RuntimeError("no worker starts") from None
+            if begun is None or worker.exitcode == 1:  # an exception of our own
+                raise RuntimeError(f"the worker failed after {begun}") from None
             left[begun[0]].pop(0)
             yield *begun, f"the process died with code {worker.exitcode}"
         worker.join()

@@ -339,7 +339,7 @@ def pickle_damaged(rng, name, raw):
 def _borders(raw):
     """Where opcodes begin, up to the first that is none."""
     out = [0]
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, Warning):
         for _, _, at in pickletools.genops(raw):
             out.append(at)
     return out

@@ -185,7 +185,7 @@ def fit(
         return _compiled(
             functools.partial(
                 train_step,
-                loss=loss,
+                loss=sharding.with_whole_params(loss, place.params),
                 optimizer=optimizer,
                 ema_decay=ema_decay,
                 accumulate=accumulate,
