@@ -78,9 +78,11 @@ def test_any_program_of_known_opcodes_is_a_state_dict_or_refused(box, readers, o
     assert found.name in ("read", "TorchFileError", "UnsafePickleError")
 
 
+# A few letters of each kind: all of Unicode takes a minute to look up at first.
+TEXT = st.text(st.sampled_from("a.\x00\u00e9\u6f22\U0001f600"), max_size=5)
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner),
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner),
     max_leaves=6,
 )
 
