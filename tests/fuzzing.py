@@ -37,8 +37,9 @@ Files = dict[str, bytes]  # by path inside the folder that is read
 WEIGHTS = {ConversionError, TorchFileError, UnsafePickleError}
 IMAGES = {ValueError, BadImageError}
 PIXELS = 1 << 20  # PIL.Image.MAX_IMAGE_PIXELS meanwhile: an image is a constant
-MEMORY = 32 << 20, 128  # bytes, and bytes for each byte of input
-SECONDS = 4.0, 2e-5  # of all threads, and for each byte of input
+# Wide enough for what other threads of a long test run do meanwhile.
+MEMORY = 128 << 20, 128  # bytes, and bytes for each byte of input
+SECONDS = 20.0, 2e-5  # of all threads, and for each byte of input
 
 
 class Reader(NamedTuple):
