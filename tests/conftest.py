@@ -26,7 +26,9 @@ from flax_skd.method import vit
 from flax_skd.method.spec import ViTSpec
 from flax_skd.run import sharding
 
-CACHE = pathlib.Path(tempfile.gettempdir()) / "flax_skd_jax_cache"
+# One a worker: a file that another is still writing would be read as a broken one.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+CACHE = pathlib.Path(tempfile.gettempdir()) / "flax_skd_jax_cache" / WORKER
 
 
 def pytest_configure():
@@ -49,6 +51,13 @@ def shake(params, seed=0, scale=0.1):
         for leaf, key in zip(leaves, keys)
     ]
     return jax.tree.unflatten(treedef, noisy)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgetting():
+    """What one file compiled is of no use to the next and would fill the memory."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -222,7 +222,9 @@ def _repair_branch(make, repair, width, branch, layer_scale, name, carry):
 
 def _check_depths(spec: ViTSpec, compensation: Compensation, kept: dict) -> None:
     for kind, width in kept.items():
-        shape, blocks = np.shape(width), len(getattr(compensation, kind))
+        blocks = len(getattr(compensation, kind))
+        # A tuple may hold tracers, which numpy would try to read.
+        shape = width.shape if hasattr(width, "shape") else (len(width),)
         if shape != (spec.depth,) or blocks != spec.depth:
             raise ValueError(
                 f"{kind}: widths of shape {shape} and repairs of {blocks} blocks, the "
