@@ -39,7 +39,14 @@ setup(
         "log": ["tensorboardX"],  # training curves for tensorboard, where installed
         "docs": ["pdoc"],  # the API pages, from docstrings
         "test": [
-            *("pytest", "pytest-xdist", "ruff", "hypothesis", "tensorboardX", "flatbuffers"),
+            *(
+                "pytest",
+                "pytest-xdist",
+                "ruff",
+                "hypothesis",
+                "tensorboardX",
+                "flatbuffers",
+            ),
             *("nbmake", "ipykernel", "pdoc"),
         ],
     },

@@ -111,8 +111,7 @@ def measure(row: str, variant: str, depth: int, images: int, batch_size: int) ->
                         turned.params,
                         batches[:1],
                         repairs=turned.compensation,
-                        target=macs.macs(spec) / 2,
-                        share=0.5,
+                        target=macs.macs(spec) - 1,
                     ).levels
                 ),
             )

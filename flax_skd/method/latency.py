@@ -153,7 +153,7 @@ def _non_negative(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 def design(
     spec: ViTSpec, *, shares: Sequence[float], attn_lane: int = 1, mlp_lane: int = 1
 ) -> dict[str, SubnetSpec]:
-    """Sub-networks to measure: every width cut alone and together, branches removed.
+    """Sub-networks to measure: widths cut alone and together, branches removed, both.
 
     Args:
       spec: the full network.
@@ -182,6 +182,13 @@ def design(
             for f in fields
         }
         found[f"{kind} {share:g}"] = full._replace(**cut)
+    for share in shares:  # narrow and with branches gone, as the small levels of a list
+        narrow = found[f"all {share:g}"]
+        halves = {
+            f: tuple(w * ((i + (f == "mlp_dim")) % 2) for i, w in enumerate(widths))
+            for f, widths in zip(narrow._fields, narrow)
+        }
+        found[f"all {share:g}, every other branch"] = SubnetSpec(**halves)
     for name in ("heads", "mlp", "all"):
         for where, kept in (("every other block", 1), ("every block", 0)):
             gone = {
