@@ -39,15 +39,8 @@ setup(
         "log": ["tensorboardX"],  # training curves for tensorboard, where installed
         "docs": ["pdoc"],  # the API pages, from docstrings
         "test": [
-            *(
-                "pytest",
-                "pytest-xdist",
-                "ruff",
-                "hypothesis",
-                "tensorboardX",
-                "flatbuffers",
-            ),
-            *("nbmake", "ipykernel", "pdoc"),
+            *("pytest", "pytest-xdist", "ruff", "hypothesis"),
+            *("tensorboardX", "flatbuffers", "nbmake", "ipykernel", "pdoc"),
         ],
     },
     entry_points={"console_scripts": ["flax-skd=flax_skd.run.main:cli"]},
