@@ -1,10 +1,13 @@
 """Time of a PIAD step, masked or in compiled sizes, over the dense step of the network.
 
     python benchmarks/piad_step.py [--variant=Ti/16] [--image_size=224] [--out=DIR]
+        [--list=docs/networks/cifar10_ti16_64px_piad]
 
 All are `train.train_step` with AdamW, side by side, taking turns; random weights and
 images serve. The masked step is compiled once and pays for the whole network at every
-level; compiled sizes (`run.buckets`) are a few programs, each paying for its own.
+level; compiled sizes (`run.buckets`) are a few programs, each paying for its own. The
+"repaired" steps train a network whose cuts least squares repairs, by random factors.
+`--list` takes the levels of a super-network of the same depth and widths.
 """
 
 import argparse
@@ -18,15 +21,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_skd.io import checkpoint
 from flax_skd.io.extras import require
-from flax_skd.method import piad, vit
+from flax_skd.method import compensation, macs, piad, vit
 from flax_skd.method.spec import ViTSpec
 from flax_skd.run import buckets, objective, train
 
 
-def steps_of(spec: ViTSpec, shares: tuple[float, ...]):
+def random_repairs(spec: ViTSpec) -> compensation.Compensation:
+    """Means and lower factors of the shapes that a contraction stores."""
+    rng = np.random.default_rng(2)
+
+    def repairs(size):
+        factor = np.eye(size) + np.tril(rng.normal(size=(size, size)), -1) / size
+        mean = rng.normal(size=size)
+        return compensation.Repair(
+            *(jnp.asarray(x, jnp.float32) for x in (mean, factor))
+        )
+
+    sizes = compensation.inner_units(spec)
+    return compensation.Compensation(
+        **{
+            kind: tuple(repairs(n) for _ in range(spec.depth))
+            for kind, n in sizes.items()
+        }
+    )
+
+
+def steps_of(spec: ViTSpec, levels: piad.DropoutList, shares: tuple[float, ...]):
     """(name, state, function of the step -> (extra, loss)) of each kind of training."""
-    levels = piad.uniform(spec)
 
     def bucket_loss(within):
         return objective.classification_loss(
@@ -35,15 +58,19 @@ def steps_of(spec: ViTSpec, shares: tuple[float, ...]):
 
     taken = buckets.Buckets(spec, bucket_loss, shares=shares, seed=0)
     window = np.zeros(2, np.int32)
+    masked = objective.classification_loss(
+        vit.ViT(spec), cut_of=objective.sampled_levels(spec)
+    )
+    repairs = random_repairs(spec)
     kinds = {
-        "dense": objective.classification_loss(vit.ViT(spec)),
-        "masked": objective.classification_loss(
-            vit.ViT(spec), cut_of=objective.sampled_levels(spec)
-        ),
-        "compiled sizes": None,
+        "dense": (objective.classification_loss(vit.ViT(spec)), None),
+        "masked": (masked, None),
+        "masked, repaired": (masked, repairs),
+        "compiled sizes": (None, None),
+        "compiled sizes, repaired": (None, repairs),
     }
-    for name, loss in kinds.items():
-        extra = objective.Elastic(levels, None, window)
+    for name, (loss, repair) in kinds.items():
+        extra = objective.Elastic(levels, repair, window)
         state = train.initial_state(
             vit.init(spec, jax.random.key(0)),
             train.make_optimizer(1e-4),
@@ -85,6 +112,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=32)
     parser.add_argument("--shares", default="0.75,0.5,0.3", help="compiled sizes")
+    parser.add_argument("--list", help="super-network whose levels are drawn")
     parser.add_argument("--out", help="directory for piad_step.json and piad_step.md")
     args = parser.parse_args()
     spec = ViTSpec.named(args.variant, image_size=args.image_size)
@@ -96,7 +124,13 @@ def main() -> None:
         "label": rng.integers(0, spec.num_classes, args.batch_size, np.int32),
     }
     traces: list[str] = []
-    rows = {n: [state, of] for n, state, of in steps_of(spec, shares)}
+    levels = piad.uniform(spec)
+    if args.list:
+        levels = checkpoint.load_supernet(args.list).dropout_list
+    smallest = macs.macs(spec, levels.widths(int(levels.levels), spec)) / macs.macs(
+        spec
+    )
+    rows = {n: [state, of] for n, state, of in steps_of(spec, levels, shares)}
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     compiling: dict[str, float] = dict.fromkeys(rows, 0.0)
     programs: dict = {}
@@ -147,7 +181,8 @@ def main() -> None:
         )
     lines.append(
         f"\n{args.variant} at {args.image_size}, float32, batch {args.batch_size}, "
-        f"{args.rounds} rounds that take turns, a uniform list down to 1/32, sizes "
+        f"{args.rounds} rounds that take turns, a list of {int(levels.levels)} levels down "
+        f"to {smallest:.0%} of the MACs, sizes "
         f"compiled at 1 and {args.shares} of the MACs; {jax.devices()[0].device_kind}, "
         f"{os.cpu_count()} cores, jax {jax.__version__}."
     )

@@ -2,17 +2,11 @@
 
 import os
 
+import plain_code
+
 # Before jax starts: its CPU backend reads both once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile many small programs and run each a few times: plain code is soonest done.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    ]
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {plain_code.flags(8)}"
 
 import functools
 import pathlib
@@ -37,9 +31,10 @@ def pytest_configure():
     # Eight devices share two cores: programs in flight at once may wait for each other.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     # Programs that tests start share the cache.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 
 def shake(params, seed=0, scale=0.1):

@@ -12,6 +12,7 @@ import tarfile
 
 import jax
 import numpy as np
+import plain_code
 import pytest
 from PIL import Image
 
@@ -407,7 +408,7 @@ def test_a_bad_program_or_start_says_what_is_needed(supernet, files, tmp_path, c
 def test_the_demo_runs_as_the_readme_says(tmp_path):
     program = [sys.executable, "-m", "flax_skd.run.main", "demo", "--fast"]
     # One device, as on a user's machine.
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env = {**os.environ, "XLA_FLAGS": plain_code.flags(1)}
     done = subprocess.run(
         program, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )

@@ -12,6 +12,7 @@ import tarfile
 
 import jax
 import numpy as np
+import plain_code
 import pytest
 from PIL import Image
 
@@ -122,7 +123,8 @@ def outputs(name, folder):
     pytest.importorskip("nbmake", reason="nbmake is missing: pip install '.[test]'")
     copy = folder / f"{name}.ipynb"
     copy.write_bytes(NOTEBOOKS[name].read_bytes())
-    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "MPLBACKEND")}
+    env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
+    env["XLA_FLAGS"] = plain_code.flags(1)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"),

@@ -16,6 +16,7 @@ import time
 
 import killed_training
 import numpy as np
+import plain_code
 import pytest
 from test_train import assert_same
 
@@ -42,7 +43,7 @@ def names(folder):
 def started(folder, *arguments, said=subprocess.PIPE):
     here = pathlib.Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
-    env |= {"XLA_FLAGS": "", "FLAX_SKD_HEARTBEAT_S": "10"}
+    env |= {"XLA_FLAGS": plain_code.flags(1), "FLAX_SKD_HEARTBEAT_S": "10"}
     return subprocess.Popen(
         [sys.executable, killed_training.__file__, str(folder), *arguments],
         env=env,

@@ -11,6 +11,7 @@ import time
 
 import jax
 import numpy as np
+import plain_code
 import pytest
 import two_commands
 import two_processes
@@ -34,7 +35,7 @@ def free_port():
 def started(script, index, port, folder):
     here = pathlib.Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
-    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    env["XLA_FLAGS"] = plain_code.flags(2)
     log = (folder / f"{index}.log").open("w")
     with log:
         return subprocess.Popen(
