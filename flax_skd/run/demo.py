@@ -174,9 +174,10 @@ def _half_size(supernet: SuperNet, target: pathlib.Path, images: np.ndarray):
     facts = {"level": level, "supernet": supernet.provenance}
     checkpoint.save_subnet(target, checkpoint.SubNet(params, spec, widths, facts))
     small = checkpoint.load_subnet(target)
-    alone = ViT(small.spec, small.widths).apply({"params": small.params}, images)
-    masked = ViT(spec).apply({"params": whole}, images, subnet.masks(spec, widths))
-    worst = float(np.abs(np.asarray(alone) - np.asarray(masked)).max())
+    apart, masked = jax.jit(ViT(spec, widths).apply), jax.jit(ViT(spec).apply)
+    alone = apart({"params": small.params}, images)
+    within = masked({"params": whole}, images, subnet.masks(spec, widths))
+    worst = float(np.abs(np.asarray(alone) - np.asarray(within)).max())
     if not worst < 1e-4:
         raise RuntimeError(
             f"the reloaded sub-network differs from the super-network by {worst:.1e}."
