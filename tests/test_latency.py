@@ -101,6 +101,8 @@ def test_the_design_cuts_every_width_alone_and_removes_branches(spec):
     assert found["no heads in every other block"].vo_dim == (0, 12, 0)
     half = found["all 0.5, every other branch"]
     assert half.qk_dim == (0, 8, 0) and half.mlp_dim == (32, 0, 32)
+    assert found["heads 0.5 alone"] == SubnetSpec((8,) * 3, (8,) * 3, (0,) * 3)
+    assert found["mlp 0.5 alone"] == SubnetSpec((0,) * 3, (0,) * 3, (32,) * 3)
     # Nothing but embedding and head: what no cut can save.
     assert not latency.features(found["no all in every block"])[1:].any()
     assert len(set(found.values())) == len(found)

@@ -189,6 +189,9 @@ def design(
             for f, widths in zip(narrow._fields, narrow)
         }
         found[f"all {share:g}, every other branch"] = SubnetSpec(**halves)
+        for kind, gone in (("heads", ("mlp_dim",)), ("mlp", kinds["heads"])):
+            none = dict.fromkeys(gone, (0,) * spec.depth)
+            found[f"{kind} {share:g} alone"] = narrow._replace(**none)
     for name in ("heads", "mlp", "all"):
         for where, kept in (("every other block", 1), ("every block", 0)):
             gone = {
