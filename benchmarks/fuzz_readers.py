@@ -37,7 +37,8 @@ def work(pipe, tasks, seed):
 
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
-        readers = {r.name: r for r in fuzzing.readers(root)}
+        found = [*fuzzing.readers(root), fuzzing.older(root)]
+        readers = {r.name: r for r in found}
         (root / "box").mkdir()
         with fuzzing.Box(root / "box") as box:
             for name in tasks:
@@ -140,7 +141,9 @@ def main():
     import fuzzing
 
     with tempfile.TemporaryDirectory() as folder:
-        shares = {r.name: r.share for r in fuzzing.readers(pathlib.Path(folder))}
+        root = pathlib.Path(folder)
+        found = [*fuzzing.readers(root), fuzzing.older(root)]
+        shares = {r.name: r.share for r in found}
     if args.reader:
         shares = {args.reader: shares[args.reader]}
     tasks = {

@@ -6,6 +6,7 @@ nothing. `benchmarks/fuzz_readers.py` gives it many inputs, `test_fuzz.py` a few
 """
 
 import gc
+import json
 import os
 import pathlib
 import random
@@ -21,10 +22,12 @@ from typing import Any, NamedTuple
 import family_files
 import mutations
 import numpy as np
+import orbax.checkpoint as ocp
 import pth_files
+from flax.traverse_util import unflatten_dict
 from pictures import encoded, numbered_arrays, write_tar
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load, save_file
 
 from flax_skd.io import checkpoint, conversion, sources, torch_pickle
 from flax_skd.io.conversion import ConversionError
@@ -163,7 +166,7 @@ def readers(work: pathlib.Path) -> list[Reader]:
             "sub-network",
             checkpoint.load_subnet,
             {ValueError},
-            [_subnet(work, params)],
+            _subnets(work, params),
             {
                 ".json": mutations.json_damaged,
                 ".safetensors": mutations.header_damaged,
@@ -175,10 +178,34 @@ def readers(work: pathlib.Path) -> list[Reader]:
             checkpoint.load_supernet,
             {ValueError},
             _supernets(work, params),
-            {"supernet.json": mutations.json_damaged, "": mutations.damaged},
-            share=2,
+            {
+                ".json": mutations.json_damaged,
+                ".safetensors": mutations.header_damaged,
+            },
+            share=5,
         ),
     ]
+
+
+def older(work: pathlib.Path) -> Reader:
+    """Super-networks of earlier versions, by orbax: slow, and it warns as it fails."""
+    params = family_files.random_params(family_files.PLAIN)
+    files = _supernets(work, params)[1]
+    flat = load(files["arrays.safetensors"])
+    handler = ocp.PyTreeCheckpointHandler()
+    with ocp.Checkpointer(handler) as saver:
+        tree = unflatten_dict(flat, sep=".")
+        saver.save(work / "older", args=ocp.args.PyTreeSave(tree))
+    arrays = {f"arrays/{name}": x for name, x in _folder(work / "older").items()}
+    shutil.rmtree(work / "older")
+    return Reader(
+        "super-network of an earlier version",
+        checkpoint.load_supernet,
+        {ValueError},
+        [{"supernet.json": files["supernet.json"], **arrays}],
+        {"supernet.json": mutations.json_damaged, "": mutations.damaged},
+        share=1,
+    )
 
 
 def _bytes(work: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> bytes:
@@ -264,24 +291,33 @@ def _pictures() -> list[Files]:
     ]
 
 
-def _subnet(work, params) -> Files:
+def _subnets(work, params) -> list[Files]:
     spec = family_files.PLAIN
     widths = SubnetSpec((4, 0), (3, 0), (12, 5))
     cut = subnet.extract(params, widths)
     network = checkpoint.SubNet(cut, spec, widths, {"parent": "x", "level": 3})
     checkpoint.save_subnet(work / "small", network)
-    files = _folder(work / "small")
-    shutil.rmtree(work / "small")
-    return files
+    return _with_and_without_sums(work / "small")
 
 
 def _supernets(work, params) -> list[Files]:
     spec = family_files.PLAIN
     network = checkpoint.SuperNet(params, spec, piad.uniform(spec, steps=3), {})
     checkpoint.save_supernet(work / "super", network)
-    files = _folder(work / "super")
-    shutil.rmtree(work / "super")
-    return [files]
+    return _with_and_without_sums(work / "super")
+
+
+def _with_and_without_sums(folder: pathlib.Path) -> list[Files]:
+    """Without sums, as earlier versions wrote them, damage gets to the reader."""
+    (facts,) = folder.glob("*.json")
+    found = []
+    for _ in range(2):
+        found.append(_folder(folder))
+        fields = json.loads(facts.read_bytes())
+        fields.pop("files", None)
+        facts.write_text(json.dumps(fields))
+    shutil.rmtree(folder)
+    return found
 
 
 def _open(description: str, **options: Any) -> bool:

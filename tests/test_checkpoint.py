@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from flax_skd.io import checked, checkpoint
+from flax_skd.io import checked, checkpoint, tensor_layout
 from flax_skd.io.checkpoint import SubNet, SuperNet
 from flax_skd.method import compensation, macs, packing, piad, subnet, vit
 from flax_skd.method.spec import SubnetSpec
@@ -58,7 +59,7 @@ def edit(path, **changes):
     fields = json.loads(path.read_text())
     for key, value in changes.items():
         if value is None:
-            del fields[key]
+            fields.pop(key, None)
         else:
             fields[key] = value
     path.write_text(json.dumps(fields))
@@ -151,10 +152,11 @@ def test_a_sub_network_comes_back_as_it_was(saved_small, small):
     assert keys["block_0.attn.query.kernel"].shape == (24, 2, 12)
 
 
-def test_a_sub_network_is_read_without_orbax(saved_small):
+def test_networks_are_read_without_orbax(saved, saved_small):
     code = (
         "import sys; from flax_skd.io import checkpoint; "
         f"checkpoint.load_subnet({str(saved_small)!r}); "
+        f"checkpoint.load_supernet({str(saved)!r}); "
         "assert not [m for m in sys.modules if m.startswith('orbax')]; print('read')"
     )
     root = pathlib.Path(checkpoint.__file__).parents[2]
@@ -263,8 +265,50 @@ def test_a_broken_json_is_named(saved_small, text):
 def test_a_file_cut_short_is_named(saved_small, kept):
     path = saved_small / "params.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=rf"params\.safetensors .*'bytes': {kept},"):
+        checkpoint.load_subnet(saved_small)
+    edit(saved_small / "spec.json", files=None)
     with pytest.raises(ValueError, match=r"params\.safetensors cannot be read"):
         checkpoint.load_subnet(saved_small)
+
+
+@pytest.mark.parametrize("kind", SAVES)
+def test_every_flipped_bit_of_the_arrays_is_refused(kind, saved, saved_small):
+    folder = saved if kind == "supernet" else saved_small
+    (path,) = folder.glob("*.safetensors")
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for at in (0, 8, len(content) - 1, *rng.integers(0, len(content), 20)):
+        flipped = bytearray(content)
+        flipped[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=rf"{path} is not what was saved"):
+            SAVES[kind][1](folder)
+    path.write_bytes(content)
+    assert SAVES[kind][1](folder).spec
+
+
+@pytest.mark.parametrize("kind", SAVES)
+def test_arrays_of_another_network_are_refused_and_those_without_sums_read(
+    kind, tmp_path, supernet, small
+):
+    save, load = SAVES[kind]
+    network = supernet if kind == "supernet" else small
+    params = jax.tree.map(lambda x: np.array(x) + 1, network.params)
+    save(tmp_path / "a", network)
+    save(tmp_path / "b", network._replace(params=params))
+    (ours,), (theirs,) = ((tmp_path / n).glob("*.safetensors") for n in "ab")
+    shutil.copy(theirs, ours)
+    with pytest.raises(ValueError, match=f"{ours} is not .* of another"):
+        load(tmp_path / "a")
+    for sums in ([], {}, {ours.name: None}, {ours.name: {"bytes": 1}}):
+        edit(next(ours.parent.glob("*.json")), files=sums)
+        with pytest.raises(ValueError, match=f"{ours} is not .*saved was"):
+            load(tmp_path / "a")
+    # As earlier versions wrote them, and whoever edits a file on purpose.
+    (facts,) = (tmp_path / "a").glob("*.json")
+    edit(facts, files=None)
+    assert_same(load(tmp_path / "a").params, params)
 
 
 def test_all_faults_of_the_arrays_are_listed_together(saved_small):
@@ -276,6 +320,7 @@ def test_all_faults_of_the_arrays_are_listed_together(saved_small):
     flat["class_token"][3] = np.nan
     flat["pos_embed"] = flat["pos_embed"].astype(np.int32)
     save_file(flat, path)
+    edit(saved_small / "spec.json", files=None)
     with pytest.raises(ValueError, match=r"params\.safetensors .*5 faults") as error:
         checkpoint.load_subnet(saved_small)
     for fault in (
@@ -291,7 +336,7 @@ def test_all_faults_of_the_arrays_are_listed_together(saved_small):
 def test_a_super_network_of_another_spec_is_refused(saved, supernet):
     other = supernet.spec.replace(num_classes=7).to_dict()
     edit(saved / "supernet.json", spec=other)
-    with pytest.raises(ValueError, match=r"arrays does not match(.|\n)*head\.bias"):
+    with pytest.raises(ValueError, match=r"tensors does not match(.|\n)*head\.bias"):
         checkpoint.load_supernet(saved)
     edit(saved / "supernet.json", spec=supernet.spec.replace(depth=10**6).to_dict())
     with pytest.raises(ValueError, match="1000000 blocks"):
@@ -310,19 +355,78 @@ def test_sizes_of_an_edited_spec_are_not_allocated(saved_small, small, size):
         checkpoint.load_subnet(saved_small)
 
 
-def test_damaged_arrays_are_named(saved):
-    for path in (saved / "arrays").rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(ValueError, match="arrays cannot be read"):
-        checkpoint.load_supernet(saved)
+SHAPED = [
+    ({}, None),
+    ({}, SubnetSpec((12, 0, 3), (10, 0, 4), (40, 7, 0))),
+    ({"registers": 2, "pos_embed_prefix": False, "qkv_bias": False}, None),
+    ({"distilled": True, "layer_scale": True, "pre_norm": True}, None),
+    ({"layer_scale": True}, SubnetSpec((0, 5, 1), (0, 6, 2), (0, 0, 9))),
+    ({"class_token": False, "pool": "avg", "fc_norm": True}, None),
+    ({"pre_logits": 7}, None),
+    ({"num_classes": 0}, None),
+]
+
+
+@pytest.mark.parametrize(("changes", "widths"), SHAPED)
+def test_shapes_in_closed_form_are_those_of_the_model(spec, changes, widths):
+    spec = spec.replace(**changes)
+    widths = widths or SubnetSpec.full(spec)
+    tree = jax.eval_shape(lambda: vit.init(spec, jax.random.key(0), widths=widths))
+    want = {k: v.shape for k, v in flatten_dict(tree, sep="/").items()}
+    assert tensor_layout.shapes(spec, widths) == want
 
 
 def rewrite(folder, tree):
-    """Another tree in place of a super-network's arrays."""
-    shutil.rmtree(folder / "arrays")
+    """A super-network with this tree of arrays, as earlier versions wrote it."""
+    (folder / "arrays.safetensors").unlink()
+    edit(folder / "supernet.json", files=None)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as saver:
         saver.save(folder / "arrays", args=ocp.args.PyTreeSave(tree))
+
+
+@pytest.fixture
+def older(tmp_path, spec, supernet):
+    """A whole one, in bfloat16, with what repairs it."""
+    params = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), supernet.params)
+    repairs = repairs_of(spec)
+    network = supernet._replace(params=params, compensation=repairs)
+    checkpoint.save_supernet(tmp_path / "older", network)
+    levels = {k: np.asarray(v) for k, v in supernet.dropout_list._asdict().items()}
+    packed = unflatten_dict(packing.pack(repairs), sep="/")
+    tree = {"params": params, "dropout_list": levels, "compensation": packed}
+    rewrite(tmp_path / "older", tree)
+    return tmp_path / "older", network
+
+
+def test_a_super_network_of_an_earlier_version_is_read(older):
+    folder, network = older
+    got = checkpoint.load_supernet(folder)
+    assert_same(got.params, network.params)
+    assert_same(got.compensation, network.compensation)
+    for table, want in zip(got.dropout_list, network.dropout_list):
+        np.testing.assert_array_equal(table, want)
+    assert (got.spec, got.provenance) == (network.spec, PROVENANCE)
+
+
+def test_a_super_network_of_an_earlier_version_is_replaced_if_asked(older):
+    folder, network = older
+    with pytest.raises(ValueError, match="not empty.*overwrite=True"):
+        checkpoint.save_supernet(folder, network)
+    checkpoint.save_supernet(folder, network, overwrite=True)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "arrays.safetensors",
+        "supernet.json",
+    ]
+    assert_same(checkpoint.load_supernet(folder).params, network.params)
+
+
+def test_damaged_arrays_of_an_earlier_version_are_named(older):
+    folder, _ = older
+    for path in (folder / "arrays").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match="arrays cannot be read"):
+        checkpoint.load_supernet(folder)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +434,7 @@ def rewrite(folder, tree):
     [
         ({"params": {"a": np.zeros(1 << 28, np.uint8)}}, "unpacks to 2684"),
         ({"params": np.zeros(3)}, "not params and dropout_list"),
-        ({"dropout_list": [np.zeros(3)]}, "not params and dropout_list"),
+        ({"dropout_list": [np.zeros(3)]}, "(not params and|dropout list has)"),
         ({"compensation": {"x": np.full(3, np.nan)}}, "not a compensation"),
         ({"dropout_list": {"levels": np.float32("nan")}}, "not whole numbers"),
     ],
@@ -341,7 +445,20 @@ def test_arrays_of_another_form_or_of_endless_size_are_named(
     levels = {k: np.asarray(v) for k, v in supernet.dropout_list._asdict().items()}
     if isinstance(changes.get("dropout_list"), dict):
         changes = {"dropout_list": levels | changes["dropout_list"]}
-    rewrite(saved, {"params": supernet.params, "dropout_list": levels} | changes)
+    tree = {"params": supernet.params, "dropout_list": levels} | changes
+    if "unpacks" not in says:  # which only orbax does
+        path = saved / "arrays.safetensors"
+        flat = {
+            jax.tree_util.keystr(k, simple=True, separator="."): np.asarray(
+                x, order="C"
+            )
+            for k, x in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        save_file(flat, path)
+        edit(saved / "supernet.json", files=None)
+        with pytest.raises(ValueError, match=rf"arrays\.safetensors.*{says}"):
+            checkpoint.load_supernet(saved)
+    rewrite(saved, tree)
     with pytest.raises(ValueError, match=rf"arrays.*{says}"):
         checkpoint.load_supernet(saved)
 

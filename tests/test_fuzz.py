@@ -10,17 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 INPUTS = {
-    "pth": 380,
+    "pth": 340,
     "pth of a network": 60,
     "safetensors": 200,
     "npz of weights": 120,
     "folder of Hugging Face": 140,
     "npz of images": 220,
-    "tar": 250,
+    "tar": 244,
     "labels": 96,
     "encoded images": 160,
     "sub-network": 60,
-    "super-network": 14,
+    "super-network": 60,
 }
 
 

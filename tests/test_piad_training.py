@@ -1,5 +1,10 @@
 """PIAD in the loop: the list grows, nothing recompiles, and a resume keeps the bits."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +94,25 @@ def test_the_list_grows_every_epoch_and_the_step_is_traced_once(uninterrupted):
     assert rows[0] == SubnetSpec.full(SPEC) and (np.diff(counts) < 0).all()
     saved = 1 - counts[-1] / macs.macs(SPEC)
     assert 0.4 < saved <= 0.7
+
+
+ELSEWHERE = "import test_piad_training as t; t.run(workdir={!r})"
+
+
+def test_one_seed_gives_the_same_bits_in_another_process(tmp_path, uninterrupted):
+    here = pathlib.Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE.format(str(tmp_path))],
+        env=os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # That run is finished: this one only reads what it saved.
+    elsewhere = run(workdir=tmp_path, resume=True)
+    assert int(elsewhere.step) == 8
+    assert_same(elsewhere, uninterrupted)
 
 
 @pytest.mark.parametrize("step", [4, 5])

@@ -1,6 +1,7 @@
 """What a run tells: rows, the time left, and tensorboard where it is installed."""
 
 import json
+import pathlib
 import sys
 
 import pytest
@@ -97,3 +98,26 @@ def test_a_log_that_a_power_cut_left_damaged_keeps_its_whole_rows(tmp_path):
     left = [rows[0], b"\xff\x80", b"[" * 100_000, b"\0\0", b"3", rows[1][:9]]
     path.write_bytes(b"\n".join(left))
     assert [row["step"] for row in told(path, start=2)] == [2, 4, 4]
+
+
+FULL = pathlib.Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device without room")
+def test_a_disk_that_fills_up_is_named_and_what_to_do(tmp_path):
+    path = tmp_path / "log.jsonl"
+    bar = Progress(path, start=0, steps=4, every_steps=2, every_s=1e9)
+    bar.write(1, {"loss": 1.0})
+    path.unlink()
+    path.symlink_to(FULL)
+    with pytest.raises(OSError, match=rf"{path} could not .* space.*--resume"):
+        bar.write(2, {"loss": 1.0})
+    bar.close()
+
+
+def test_a_log_that_may_not_be_written_is_named_at_the_start(tmp_path):
+    path = tmp_path / "log.jsonl"
+    told(path)
+    path.with_suffix(".tmp").mkdir()
+    with pytest.raises(OSError, match=rf"{path} could not be written.*--resume"):
+        told(path, start=2)

@@ -53,7 +53,7 @@ FLOORS = {
             *("run.interrupt", "run.elastic", "run.distillation", "run.mixing"),
             *("run.progress", "run.evaluate", "run.report"),
             *("run.recipes", "run.unit_choice", "run.export_index"),
-            *("run.settling", "run.buckets"),
+            *("run.settling", "run.buckets", "run.faults"),
             *("run.timing", "run.time_budget", "run.profile_report", "run.family"),
         ],
         5,

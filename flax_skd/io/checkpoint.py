@@ -1,10 +1,11 @@
 """Super-networks and sub-networks on disk.
 
-A super-network is a directory of `supernet.json` and `arrays` (orbax); a sub-network
-one of `spec.json` and `params.safetensors`, readable without orbax.
+A super-network is a directory of `supernet.json` and `arrays.safetensors`; a sub-network
+one of `spec.json` and `params.safetensors`. The JSON has the size and a sum of the other
+file. Earlier versions wrote neither sums nor safetensors for super-networks, but a
+folder `arrays`, by orbax, which is still read.
 """
 
-import math
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -14,19 +15,17 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
-from flax_skd.io import checked
+from flax_skd.io import checked, orbax_arrays, summed_arrays
 from flax_skd.io import directory as folder
-from flax_skd.io.extras import require
 from flax_skd.method import packing
 from flax_skd.method.compensation import Compensation
 from flax_skd.method.piad import DropoutList
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import Params
 
-SUPERNET_FILES = ("supernet.json", "arrays")
+SUPERNET_FILES = ("supernet.json", "arrays.safetensors")
+OLDER_SUPERNET_FILES = ("supernet.json", "arrays")
 SUBNET_FILES = ("spec.json", "params.safetensors")
-_MOST_INFLATION = 100  # times the files' size; weights hardly compress
-_SLACK = 2**24  # bytes: tables of levels, and networks of tests, compress more
 
 
 class SuperNet(NamedTuple):
@@ -79,34 +78,38 @@ def save_supernet(
         anything but a super-network; if params or levels do not match the spec.
     """
     spec = supernet.spec
-    tree = jax.tree.map(_to_host, {"params": supernet.params})
-    tree["dropout_list"] = {
+    params = _flat(supernet.params)
+    checked.params(params, spec, SubnetSpec.full(spec), "this super-network")
+    levels = {
         name: np.asarray(_to_host(table), np.int32)
         for name, table in supernet.dropout_list._asdict().items()
     }
+    checked.levels(levels, spec, "this super-network")
+    arrays = _under("params", params) | _under("dropout_list", levels)
     if supernet.compensation is not None:
         repairs = jax.tree.map(_to_host, supernet.compensation)
-        tree["compensation"] = unflatten_dict(packing.pack(repairs), sep="/")
-    flat = flatten_dict(tree["params"], sep=".")
-    checked.params(flat, spec, SubnetSpec.full(spec), "this super-network")
-    checked.levels(tree["dropout_list"], spec, "this super-network")
+        packed = packing.pack(repairs)
+        arrays |= _under(
+            "compensation", {k.replace("/", "."): x for k, x in packed.items()}
+        )
     facts = {
-        "levels": int(tree["dropout_list"]["levels"]),
+        "levels": int(levels["levels"]),
         "spec": spec.to_dict(),
         "provenance": supernet.provenance,
     }
 
     def write(fresh: pathlib.Path) -> None:
-        folder.write_json(fresh / SUPERNET_FILES[0], "super-network", facts)
-        ocp = require("orbax.checkpoint")
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=0, active_processes={0} if jax.process_count() > 1 else None
-        )
-        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as saver:
-            saver.save(fresh / SUPERNET_FILES[1], args=ocp.args.PyTreeSave(tree))
+        sums = summed_arrays.write(fresh / SUPERNET_FILES[1], arrays)
+        fields = facts | {"files": sums}
+        folder.write_json(fresh / SUPERNET_FILES[0], "super-network", fields)
 
-    folder.write_whole(directory, write, files=SUPERNET_FILES, overwrite=overwrite)
+    folder.write_whole(
+        directory,
+        write,
+        files=SUPERNET_FILES,
+        older=OLDER_SUPERNET_FILES,
+        overwrite=overwrite,
+    )
 
 
 def load_supernet(directory: str | os.PathLike) -> SuperNet:
@@ -122,29 +125,38 @@ def load_supernet(directory: str | os.PathLike) -> SuperNet:
       ValueError: if the directory is not a super-network, was edited or is damaged;
         the message names the file and everything that is wrong with the arrays.
     """
-    path = folder.existing(directory, SUPERNET_FILES, "super-network")
-    facts = path / SUPERNET_FILES[0]
-    fields = folder.read_json(facts, "super-network", {"levels", "spec", "provenance"})
+    path = folder.local(directory)
+    older = (path / OLDER_SUPERNET_FILES[1]).is_dir()
+    files = OLDER_SUPERNET_FILES if older else SUPERNET_FILES
+    facts, arrays = (
+        folder.existing(path, files, "super-network") / name for name in files
+    )
+    names = {"levels", "spec", "provenance"}
+    fields = folder.read_json(facts, "super-network", names, may_have={"files"})
     spec = folder.parse(facts, ViTSpec.from_dict, fields["spec"])
-    arrays = path / SUPERNET_FILES[1]
-    tree = _read_arrays(arrays)
-    tree = tree if isinstance(tree, dict) else {}
-    groups = {name for name, group in tree.items() if isinstance(group, dict)}
-    if groups != set(tree) or groups - {"compensation"} != {"params", "dropout_list"}:
-        raise ValueError(f"{arrays} holds {sorted(tree)}, not params and dropout_list.")
-    levels = checked.levels(tree["dropout_list"], spec, str(arrays))
+    if older:
+        flat = orbax_arrays.read(arrays)
+    else:
+        flat = summed_arrays.read(arrays, fields.get("files"), noun="super-network")
+    groups = _groups(flat)
+    if set(groups) - {"compensation"} != {"params", "dropout_list"}:
+        raise ValueError(
+            f"{arrays} holds {sorted(groups)}, not params and dropout_list."
+        )
+    levels = checked.levels(groups["dropout_list"], spec, str(arrays))
     if fields["levels"] != int(levels.levels):
         raise ValueError(
             f"{facts} says {fields['levels']!r} levels, {arrays} holds "
             f"{int(levels.levels)}: one of them was edited."
         )
-    flat = flatten_dict(tree["params"], sep=".")
-    checked.params(flat, spec, SubnetSpec.full(spec), str(arrays))
+    params = groups["params"]
+    checked.params(params, spec, SubnetSpec.full(spec), str(arrays))
     repairs = None
-    if "compensation" in tree:
-        packed = flatten_dict(tree["compensation"], sep="/")
+    if "compensation" in groups:
+        packed = {k.replace(".", "/"): x for k, x in groups["compensation"].items()}
         repairs = folder.parse(arrays, lambda x: checked.repairs(x, spec), packed)
-    return SuperNet(tree["params"], spec, levels, fields["provenance"], repairs)
+    params = unflatten_dict(params, sep=".")
+    return SuperNet(params, spec, levels, fields["provenance"], repairs)
 
 
 def save_subnet(
@@ -164,8 +176,7 @@ def save_subnet(
         anything but a sub-network; if params do not match the spec and widths.
     """
     spec, widths = network.spec, network.widths.check(network.spec)
-    params = jax.tree.map(_to_host, network.params)
-    params = flatten_dict(params, sep=".")
+    params = _flat(network.params)
     checked.params(params, spec, widths, "this sub-network")
     facts = {
         "spec": spec.to_dict(),
@@ -175,17 +186,15 @@ def save_subnet(
     }
 
     def write(fresh: pathlib.Path) -> None:
-        folder.write_json(fresh / SUBNET_FILES[0], "sub-network", facts)
-        flat = {k: np.ascontiguousarray(v) for k, v in params.items()}
-        # Not save_file, which lets nobody else read what it wrote.
-        content = require("safetensors.numpy").save(flat)
-        (fresh / SUBNET_FILES[1]).write_bytes(content)
+        sums = summed_arrays.write(fresh / SUBNET_FILES[1], params)
+        fields = facts | {"files": sums}
+        folder.write_json(fresh / SUBNET_FILES[0], "sub-network", fields)
 
     folder.write_whole(directory, write, files=SUBNET_FILES, overwrite=overwrite)
 
 
 def load_subnet(directory: str | os.PathLike) -> SubNet:
-    """Reads a sub-network directory; needs safetensors, not orbax.
+    """Reads a sub-network directory.
 
     Args:
       directory: as `save_subnet` wrote it.
@@ -199,9 +208,8 @@ def load_subnet(directory: str | os.PathLike) -> SubNet:
     """
     path = folder.existing(directory, SUBNET_FILES, "sub-network")
     facts, arrays = (path / name for name in SUBNET_FILES)
-    fields = folder.read_json(
-        facts, "sub-network", {"spec", "widths", "macs", "provenance"}
-    )
+    names = {"spec", "widths", "macs", "provenance"}
+    fields = folder.read_json(facts, "sub-network", names, may_have={"files"})
     spec = folder.parse(facts, ViTSpec.from_dict, fields["spec"])
     widths = folder.parse(
         facts, lambda w: checked.widths(w).check(spec), fields["widths"]
@@ -212,14 +220,7 @@ def load_subnet(directory: str | os.PathLike) -> SubNet:
             f"{facts} says macs {fields['macs']}, but its spec and widths give {counts}: "
             "the file was edited. Save the sub-network again."
         )
-    reader = require("safetensors.numpy")
-    try:
-        flat = reader.load_file(arrays)
-    except Exception as error:  # the format's own error type is not a ValueError
-        raise ValueError(
-            f"{arrays} cannot be read ({error}): it is cut short or damaged. Copy it "
-            "again, or save the sub-network again."
-        ) from error
+    flat = summed_arrays.read(arrays, fields.get("files"), noun="sub-network")
     checked.params(flat, spec, widths, str(arrays))
     return SubNet(unflatten_dict(flat, sep="."), spec, widths, fields["provenance"])
 
@@ -230,29 +231,19 @@ def _to_host(x: Any) -> np.ndarray:
     return np.asarray(x)
 
 
-def _read_arrays(path: pathlib.Path) -> dict[str, Any]:
-    """All arrays of an orbax directory as numpy, whatever mesh wrote them."""
-    ocp = require("orbax.checkpoint")
-    held = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            tree = reader.metadata(path).item_metadata.tree
-            _check_sizes(tree, _MOST_INFLATION * held + _SLACK)
-            as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-            args = jax.tree.map(lambda _: as_numpy, tree)
-            return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=args))
-    except Exception as error:  # orbax and tensorstore raise many types
-        raise ValueError(
-            f"{path} cannot be read ({error}): it is incomplete or damaged. Copy it "
-            "again, or save the super-network again."
-        ) from error
+def _flat(params: Params) -> dict[str, np.ndarray]:
+    """On the host, by paths joined by dots."""
+    return flatten_dict(jax.tree.map(_to_host, params), sep=".")
 
 
-def _check_sizes(tree: Any, most: int) -> None:
-    """Raises ValueError unless arrays say they take at most so many bytes."""
-    total = sum(
-        math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
-    if total > most:
-        raise ValueError(f"it unpacks to {total} bytes, at most {most} are read")
+def _under(group: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{group}.{name}": x for name, x in arrays.items()}
+
+
+def _groups(flat: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """The inverse of `_under`, of all groups; a name with no dot is one of its own."""
+    groups: dict[str, dict[str, np.ndarray]] = {}
+    for path, x in flat.items():
+        group, dot, name = path.partition(".")
+        groups.setdefault(group if dot else f"{group} alone", {})[name] = x
+    return groups

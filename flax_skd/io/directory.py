@@ -36,6 +36,7 @@ def write_whole(
     *,
     files: tuple[str, ...],
     overwrite: bool,
+    older: tuple[str, ...] = (),
 ) -> None:
     """Fills a new directory by `write` and moves it to its name when it is complete.
 
@@ -46,12 +47,13 @@ def write_whole(
       write: function of the temporary directory.
       files: all that such a directory may hold.
       overwrite: replace what is there.
+      older: the same of an earlier version, which may be replaced too.
 
     Raises:
       ValueError: if something is there that may not be replaced.
     """
     target = local(directory)
-    check_target(target, files, overwrite)
+    check_target(target, files, overwrite, older=older)
     barrier(f"write {target.name}")
     if jax.process_index() == 0:
         fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -64,13 +66,20 @@ def write_whole(
     barrier(f"wrote {target.name}")
 
 
-def check_target(target: pathlib.Path, files: tuple[str, ...], overwrite: bool) -> None:
+def check_target(
+    target: pathlib.Path,
+    files: tuple[str, ...],
+    overwrite: bool,
+    *,
+    older: tuple[str, ...] = (),
+) -> None:
     """Raises ValueError unless a directory may be written, or replaced.
 
     Args:
       target: an absolute path.
       files: all that such a directory may hold.
       overwrite: whether a directory of `files` may be replaced.
+      older: the same of an earlier version.
     """
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file: name a directory.")
@@ -80,7 +89,7 @@ def check_target(target: pathlib.Path, files: tuple[str, ...], overwrite: bool) 
             f"{target} is not empty: name another directory, or pass --overwrite "
             "(overwrite=True) to replace what is there."
         )
-    if there and sorted(there) != sorted(files):
+    if there and there not in (sorted(files), sorted(older)):
         raise ValueError(
             f"{target} holds {there}; only a directory of {sorted(files)} is replaced. "
             "Name another one."
@@ -154,8 +163,20 @@ def write_json(path: pathlib.Path, noun: str, fields: dict[str, Any]) -> None:
     path.write_text(json.dumps(head | fields, indent=2) + "\n", encoding="utf-8")
 
 
-def read_json(path: pathlib.Path, noun: str, names: set[str]) -> dict[str, Any]:
+def read_json(
+    path: pathlib.Path,
+    noun: str,
+    names: set[str],
+    *,
+    may_have: set[str] = frozenset(),
+) -> dict[str, Any]:
     """The inverse of `write_json`.
+
+    Args:
+      path: of the file.
+      noun: as it was written.
+      names: fields that must be there.
+      may_have: fields that earlier versions did not write.
 
     Raises:
       ValueError: if the file is broken, of another format or version, or has missing
@@ -164,7 +185,8 @@ def read_json(path: pathlib.Path, noun: str, names: set[str]) -> dict[str, Any]:
     fields = parse(path, json.loads, path.read_bytes())
     fields = fields if isinstance(fields, dict) else {}
     wanted = names | {"format", "format_version", "package_version"}
-    surplus, missing = sorted(set(fields) - wanted), sorted(wanted - set(fields))
+    surplus = sorted(set(fields) - wanted - may_have)
+    missing = sorted(wanted - set(fields))
     if surplus or missing:
         raise ValueError(f"{path}: unknown fields {surplus}, missing fields {missing}.")
     if fields["format"] != f"flax_skd {noun}":

@@ -8,8 +8,10 @@ import numpy as np
 
 from flax_skd.io.key_tables import SHAPES, TABLES, Flat, Rule
 from flax_skd.io.weight_files import ConversionError
-from flax_skd.method.spec import ViTSpec
+from flax_skd.method.spec import SubnetSpec, ViTSpec
 
+# Parts of a block that go with its attention; the others go with its MLP.
+_ATTENTION = ("norm1", "attn", "layer_scale1")
 QKV_BIAS = ("attn/query/bias", "attn/key/bias", "attn/value/bias")
 
 
@@ -61,6 +63,27 @@ def layout(net: Any) -> dict[str, str]:
     return paths
 
 
+def shapes(spec: ViTSpec, widths: SubnetSpec) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of a sub-network by its path, nothing traced.
+
+    Args:
+      spec: of the full network.
+      widths: of the sub-network, which fit the spec.
+    """
+    found = {}
+    for path, axes in layout(spec).items():
+        top, _, rest = path.partition("/")
+        sizes = _sizes(spec)
+        if top.startswith("block_"):
+            qk, vo, mlp = (w[int(top.removeprefix("block_"))] for w in widths)
+            if not (qk if rest.startswith(_ATTENTION) else mlp):
+                continue
+            head = qk if rest.startswith(("attn/query", "attn/key")) else vo
+            sizes |= {"A": (spec.num_heads, head), "M": (mlp,)}
+        found[path] = sum((sizes[letter] for letter in axes), ())
+    return found
+
+
 def raise_listed(missing: list[str], surplus: list[str], wrong: list[str]) -> None:
     """One error for all keys, if there are any.
 
@@ -76,10 +99,10 @@ def raise_listed(missing: list[str], surplus: list[str], wrong: list[str]) -> No
         )
 
 
-def _shape(axes: str, spec: ViTSpec) -> tuple[int, ...]:
-    """Shape of a parameter in our layout: A is two axes, heads and head_dim."""
+def _sizes(spec: ViTSpec) -> dict[str, tuple[int, ...]]:
+    """Axes of the full network, by their letters: A is two, heads and head_dim."""
     prefix = spec.num_prefix if spec.pos_embed_prefix else 0
-    sizes = {
+    return {
         "D": (spec.width,),
         "A": (spec.num_heads, spec.head_dim),
         "M": (spec.mlp_dim,),
@@ -90,6 +113,11 @@ def _shape(axes: str, spec: ViTSpec) -> tuple[int, ...]:
         "R": (spec.registers,),
         "T": (spec.grid**2 + prefix,),
     }
+
+
+def _shape(axes: str, spec: ViTSpec) -> tuple[int, ...]:
+    """Shape of a parameter in our layout."""
+    sizes = _sizes(spec)
     return sum((sizes[letter] for letter in axes), ())
 
 

@@ -56,7 +56,10 @@ def contract(config: Any, *, workdir: str, overwrite: bool) -> str:
     for target in targets.values():
         # Before the long pass, not after it.
         directory.check_target(
-            directory.local(target), checkpoint.SUPERNET_FILES, overwrite
+            directory.local(target),
+            checkpoint.SUPERNET_FILES,
+            overwrite,
+            older=checkpoint.OLDER_SUPERNET_FILES,
         )
     network = commands.load_network(config.model)
     batches = feed.batches_of(config.data, network.spec, seed=config.seed)

@@ -118,7 +118,11 @@ class Progress:
         self._clear()
 
     def write(self, step: int, row: dict[str, Any]) -> None:
-        """Logs and writes one row."""
+        """Logs and writes one row.
+
+        Raises:
+          OSError: if it cannot be written; says where, and what to do.
+        """
         if jax.process_index():
             return
         row = {k: float(v) for k, v in row.items()}  # numpy's and jax's too
@@ -127,7 +131,7 @@ class Progress:
         told += [] if left is None else [f"left {_readable(left)}"]
         _LOG.info("step %d/%d: %s", step, self._steps, ", ".join(told))
         if self._path:
-            with self._path.open("a", encoding="utf-8") as f:
+            with _named(self._path), self._path.open("a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": step, **row}) + "\n")
         if self._board:
             for name, value in row.items():
@@ -170,5 +174,18 @@ def _rewind(path: pathlib.Path, step: int) -> None:
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(kept), encoding="utf-8")
-    os.replace(fresh, path)
+    with _named(path):
+        fresh.write_text("".join(kept), encoding="utf-8")
+        os.replace(fresh, path)
+
+
+@contextlib.contextmanager
+def _named(path: pathlib.Path) -> Iterator[None]:
+    """A full disk does not say which file it had no room for."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written ({error}): make room or mend its permissions, "
+            "then run the same again with --resume."
+        ) from error

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from flax_skd.run import faults
 from flax_skd.run.objective import Metrics
 
 _LOG = logging.getLogger(__name__)
@@ -24,11 +25,13 @@ class Running:
       progress: of `progress.Progress`.
       disk: of `run_state.Checkpoints`.
       schedule: of the learning rate, or None.
+      params: whose paths name what is wrong; the arrays are not kept.
     """
 
-    def __init__(self, progress: Any, disk: Any, schedule: Any):
+    def __init__(self, progress: Any, disk: Any, schedule: Any, params: Any):
         self._progress, self._disk, self._schedule = progress, disk, schedule
         self._newest = None
+        self._tree = jax.tree.map(lambda _: 0, params)
 
     def follow(self, step: int, metrics: Metrics, batch: dict[str, np.ndarray]):
         """Settles the step before and remembers this one."""
@@ -40,23 +43,33 @@ class Running:
         if self._newest is None:
             return
         (step, metrics, batch), self._newest = self._newest, None
-        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        self._check(step, values, batch)
+        found = jax.device_get(metrics)
+        finite = {k: found.pop(f"{k}_finite") for k in ("grad", "param")}
+        values = {k: float(v) for k, v in found.items()}
+        self._check(step, values, finite, batch)
         images = len(jax.tree.leaves(batch)[0]) * jax.process_count()
         if self._progress.step(step, values, images):
             rate = {"lr": float(self._schedule(step - 1))} if self._schedule else {}
             self._progress.report(step, rate)
 
-    def _check(self, step, values, batch):
+    def _check(self, step, values, finite, batch):
         checked = {name: values[name] for name in ("loss", "grad_norm", "param_norm")}
         if all(map(math.isfinite, checked.values())):
             return
         level = f", level {values['level']:g}" if "level" in values else ""
         ids = np.asarray(batch["index"]).tolist() if "index" in batch else "unknown"
+        # What comes first spoils what comes after it: only that is named.
+        places = (
+            ("batch", faults.of_batch(batch)),
+            ("gradient", faults.named(finite["grad"], self._tree)),
+            ("parameter", faults.named(finite["param"], self._tree)),
+        )
+        told = next((f"Not finite: {n} {where}. " for n, where in places if where), "")
         raise NonFiniteLossError(
-            f"{checked} at step {step}{level}, examples {ids}. Last good checkpoint: "
-            f"{self._disk.last()}. Look at these examples and their labels (one that "
-            "is no class gives nan), lower the learning rate, or clip the gradient."
+            f"{checked} at step {step}{level}, examples {ids}. {told}Last good "
+            f"checkpoint: {self._disk.last()}. Look at these examples and their labels "
+            "(one that is no class gives nan), lower the learning rate, or clip the "
+            "gradient."
         )
 
 

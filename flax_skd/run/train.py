@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_skd.io import run_state
 from flax_skd.method.vit import Params
-from flax_skd.run import distributed, gradients, sharding
+from flax_skd.run import distributed, faults, gradients, sharding
 from flax_skd.run.interrupt import Stopped, sigterm
 from flax_skd.run.objective import Array, Batch, Loss, Metrics, classification_loss
 from flax_skd.run.optimizer import cosine, make_optimizer
@@ -89,7 +89,8 @@ def train_step(
 
     Returns:
       The state after, and the metrics: `loss`, `grad_norm`, `param_norm` (of the
-      state after) and those of `loss`.
+      state after), those of `loss`, and for errors `grad_finite` and `param_finite`,
+      bool [leaves].
     """
     rng = jax.random.fold_in(state.rng, state.step)
     metrics, grads = gradients.of_batch(loss, state, batch, rng, accumulate=accumulate)
@@ -102,18 +103,12 @@ def train_step(
     ema = state.ema
     if ema is not None:
         ema = optax.incremental_update(params, ema, 1 - keep)
-    norms = {
-        "grad_norm": _norm(grads),
-        "param_norm": _norm(params),
-    }
-    metrics = {**norms, **metrics}
+    squares = {"grad": faults.squares(grads), "param": faults.squares(params)}
+    norms = {f"{name}_norm": jnp.sqrt(s.sum()) for name, s in squares.items()}
+    found = {f"{name}_finite": jnp.isfinite(s) for name, s in squares.items()}
+    metrics = {**norms, **found, **metrics}
     state = TrainState(state.step + 1, params, opt_state, ema, state.rng, state.extra)
     return state, metrics
-
-
-def _norm(tree: Any) -> Array:
-    squares = (jnp.square(x.astype(jnp.float32)).sum() for x in jax.tree.leaves(tree))
-    return jnp.sqrt(sum(squares))
 
 
 def fit(
@@ -217,7 +212,12 @@ def fit(
         )
         stack.push(closing(progress.close))
         told_to_stop = stack.enter_context(sigterm(disk.manager))
-        running = Running(progress, disk, schedule)
+        running = Running(progress, disk, schedule, state.params)
+        if wrong := faults.of_params(state.params, mesh):
+            raise NonFiniteLossError(
+                f"not finite before step {start + 1}: parameter {wrong}. Start from "
+                "other weights, or from an older checkpoint."
+            )
         stack.enter_context(distributed.lost_peers_named())
         for step in range(start + 1, steps + 1):
             if before_epoch and (step - 1) % epoch_steps == 0:
