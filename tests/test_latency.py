@@ -10,7 +10,7 @@ from scipy.optimize import nnls
 
 from flax_skd.io import checkpoint
 from flax_skd.io.checkpoint import SuperNet
-from flax_skd.method import allocation, latency, piad, subnet, vit
+from flax_skd.method import allocation, latency, latency_design, piad, subnet, vit
 from flax_skd.method.latency import Latency, Predicted
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.run import (
@@ -42,7 +42,7 @@ def profile(spec):
 
 
 def designed(spec):
-    return list(latency.design(spec, shares=(0.25, 0.5)).values())
+    return list(latency_design.design(spec, shares=(0.25, 0.5)).values())
 
 
 def test_seconds_are_a_sum_over_the_branches_that_are_there():
@@ -94,24 +94,24 @@ def test_networks_that_leave_a_coefficient_open_are_refused(spec):
 
 
 def test_the_design_cuts_every_width_alone_and_removes_branches(spec):
-    found = latency.design(spec, shares=(0.5,), attn_lane=4, mlp_lane=16)
+    found = latency_design.design(spec, shares=(0.5,), attn_lane=4, mlp_lane=16)
     assert found["full"] == SubnetSpec.full(spec)
     assert set(found["qk 0.5"].qk_dim) == {8} and set(found["qk 0.5"].vo_dim) == {12}
     assert set(found["mlp 0.5"].mlp_dim) == {32}
-    assert found["no heads in every other block"].vo_dim == (0, 12, 0)
+    assert found["full, half of the heads"].vo_dim == (0, 12, 0)
     half = found["all 0.5, every other branch"]
     assert half.qk_dim == (0, 8, 0) and half.mlp_dim == (32, 0, 32)
-    assert found["heads 0.5 alone"] == SubnetSpec((8,) * 3, (8,) * 3, (0,) * 3)
-    assert found["mlp 0.5 alone"] == SubnetSpec((0,) * 3, (0,) * 3, (32,) * 3)
+    assert found["all 0.5, heads alone"] == SubnetSpec((8,) * 3, (8,) * 3, (0,) * 3)
+    assert found["all 0.5, mlp alone"] == SubnetSpec((0,) * 3, (0,) * 3, (32,) * 3)
     # Nothing but embedding and head: what no cut can save.
-    assert not latency.features(found["no all in every block"])[1:].any()
+    assert not latency.features(found["full, no branch"])[1:].any()
     assert len(set(found.values())) == len(found)
     with pytest.raises(ValueError, match="share of 2 must lie between 0 and 1"):
-        latency.design(spec, shares=(2.0,))
+        latency_design.design(spec, shares=(2.0,))
 
 
 def test_stairs_go_up_from_half_a_branch_and_stop_at_its_size(spec):
-    found = latency.stairs(spec, above_half=(0, 1, 99))
+    found = latency_design.stairs(spec, above_half=(0, 1, 99))
     heads = [w.qk_dim[0] for n, w in found.items() if n.startswith("heads")]
     assert heads == [6, 7, 12] and found["heads 7"].mlp_dim == (40,) * 3
     assert [w.mlp_dim[0] for n, w in found.items() if n[:3] == "mlp"] == [20, 21, 40]

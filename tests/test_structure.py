@@ -42,6 +42,7 @@ FLOORS = {
             *("method.contraction", "method.importance", "method.piad"),
             *("method.growth", "method.allocation", "method.packing"),
             *("method.balance", "method.recalibration", "method.latency"),
+            "method.latency_design",
         ],
         3,
     ),
@@ -88,6 +89,7 @@ ALONG_A_FLOOR = {
     ("method.feature_sums", "method.second_moments"),
     ("method.contraction", "method.balance"),
     ("method.latency", "method.piad"),
+    ("method.latency_design", "method.latency"),
 }
 LIGHT = {"jax", "flax", "optax", "numpy", "flax_skd", *sys.stdlib_module_names}
 

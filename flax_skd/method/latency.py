@@ -110,7 +110,7 @@ def fit(networks: Sequence[SubnetSpec], times: Sequence[float]) -> Latency:
     and a list can be made by latency.
 
     Args:
-      networks: widths that were measured; `design` makes a set that tells all
+      networks: widths that were measured; `latency_design.design` makes a set that tells all
         coefficients apart.
       times: seconds of each.
 
@@ -125,7 +125,7 @@ def fit(networks: Sequence[SubnetSpec], times: Sequence[float]) -> Latency:
     if not size.all() or np.linalg.matrix_rank(rows / size) < rows.shape[1]:
         raise ValueError(
             f"{len(networks)} networks do not tell {', '.join(Latency._fields)} apart: "
-            "measure each width cut alone, and removed branches (latency.design)."
+            "measure each width cut alone, and removed branches (latency_design.design)."
         )
     rows = rows / size
     least = _LEAST * np.array(
@@ -148,77 +148,6 @@ def _non_negative(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         if x.min() >= 0 and error @ error < best:
             best, answer = float(error @ error), x
     return answer
-
-
-def design(
-    spec: ViTSpec, *, shares: Sequence[float], attn_lane: int = 1, mlp_lane: int = 1
-) -> dict[str, SubnetSpec]:
-    """Sub-networks to measure: widths cut alone and together, branches removed, both.
-
-    Args:
-      spec: the full network.
-      shares: of the dims kept, each in (0, 1).
-      attn_lane, mlp_lane: sizes are rounded up to multiples.
-
-    Returns:
-      Name -> widths; the first is the full network.
-    """
-    full = SubnetSpec.full(spec)
-    kinds = {
-        "qk": ("qk_dim",),
-        "vo": ("vo_dim",),
-        "heads": ("qk_dim", "vo_dim"),
-        "mlp": ("mlp_dim",),
-        "all": SubnetSpec._fields,
-    }
-    found = {"full": full}
-    for share, (kind, fields) in itertools.product(shares, kinds.items()):
-        if not 0 < share < 1:
-            raise ValueError(f"a share of {share:g} must lie between 0 and 1.")
-        lanes = dict(zip(full._fields, (attn_lane, attn_lane, mlp_lane)))
-        cut = {
-            f: (_up(share * getattr(full, f)[0], getattr(full, f)[0], lanes[f]),)
-            * spec.depth
-            for f in fields
-        }
-        found[f"{kind} {share:g}"] = full._replace(**cut)
-    for share in shares:  # narrow and with branches gone, as the small levels of a list
-        narrow = found[f"all {share:g}"]
-        halves = {
-            f: tuple(w * ((i + (f == "mlp_dim")) % 2) for i, w in enumerate(widths))
-            for f, widths in zip(narrow._fields, narrow)
-        }
-        found[f"all {share:g}, every other branch"] = SubnetSpec(**halves)
-        for kind, gone in (("heads", ("mlp_dim",)), ("mlp", kinds["heads"])):
-            none = dict.fromkeys(gone, (0,) * spec.depth)
-            found[f"{kind} {share:g} alone"] = narrow._replace(**none)
-    for name in ("heads", "mlp", "all"):
-        for where, kept in (("every other block", 1), ("every block", 0)):
-            gone = {
-                f: tuple(w * kept * (i % 2) for i, w in enumerate(getattr(full, f)))
-                for f in kinds[name]
-            }
-            found[f"no {name} in {where}"] = full._replace(**gone)
-    return {name: widths.check(spec) for name, widths in found.items()}
-
-
-def stairs(spec: ViTSpec, *, above_half: Sequence[int]) -> dict[str, SubnetSpec]:
-    """Sub-networks a few dims apart, which show what widths the hardware likes.
-
-    Args:
-      spec: the full network.
-      above_half: dims more than half the branch, such as 0, 1, 2, 4, 8.
-
-    Returns:
-      `heads W` and `mlp W` -> that width in every block, the other branch full.
-    """
-    full, found = SubnetSpec.full(spec), {}
-    for name, fields in (("heads", ("qk_dim", "vo_dim")), ("mlp", ("mlp_dim",))):
-        size = getattr(full, fields[0])[0]
-        for width in sorted({min(size, size // 2 + more) for more in above_half}):
-            cut = dict.fromkeys(fields, (width,) * spec.depth)
-            found[f"{name} {width}"] = full._replace(**cut).check(spec)
-    return found
 
 
 def in_lanes(
@@ -244,7 +173,7 @@ def in_lanes(
     rows = [
         SubnetSpec(
             *(
-                tuple(_up(w, size[0], lane) for w in field)
+                tuple(round_up(w, size[0], lane) for w in field)
                 for field, size, lane in zip(widths, full, lanes)
             )
         )
@@ -298,6 +227,6 @@ def check_same_speed(profiled: ViTSpec, spec: ViTSpec) -> None:
         )
 
 
-def _up(width: float, size: int, lane: int) -> int:
+def round_up(width: float, size: int, lane: int) -> int:
     """The next multiple of `lane`, at most `size`; 0 stays 0."""
     return min(size, int(np.ceil(np.round(width / lane, 9))) * lane)

@@ -11,7 +11,7 @@ from flax_skd.io import checkpoint
 from flax_skd.io import directory as folder
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.io.extras import require
-from flax_skd.method import latency
+from flax_skd.method import latency, latency_design
 from flax_skd.method.latency import Latency
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.run import commands, profile_report, time_budget, timing
@@ -66,14 +66,14 @@ def _networks(
     shares = _numbers(config, "shares", float)
     found = {
         name: ("fit", widths)
-        for name, widths in latency.design(spec, shares=shares, **lanes).items()
+        for name, widths in latency_design.design(spec, shares=shares, **lanes).items()
     }
     levels = latency.in_lanes(supernet.dropout_list, spec, **lanes)
     last = int(levels.levels)
     for level in np.linspace(0, last, config.levels + 1).round().astype(int)[1:]:
         found[f"level {level}"] = ("check", levels.widths(int(level), spec))
     above = _numbers(config, "stairs", int)
-    for name, widths in latency.stairs(spec, above_half=above).items():
+    for name, widths in latency_design.stairs(spec, above_half=above).items():
         found[name] = ("stairs", widths)
     taken = {widths for use, widths in found.values() if use == "fit"}
     return {n: (u, w) for n, (u, w) in found.items() if u != "check" or w not in taken}
