@@ -93,11 +93,15 @@ def _kind(error: Exception, folder: pathlib.Path, path: pathlib.Path) -> str:
 def leaves(tree: Any) -> list[bytes]:
     """The bytes of all arrays, and of what else there is, in order."""
     flat = jax.tree_util.tree_leaves_with_path(tree)
-    return [
-        jax.tree_util.keystr(path).encode()
-        + (np.asarray(x).tobytes() if hasattr(x, "dtype") else repr(x).encode())
-        for path, x in flat
-    ]
+    return [jax.tree_util.keystr(path).encode() + _bytes(x) for path, x in flat]
+
+
+def _bytes(x: Any) -> bytes:
+    if not hasattr(x, "dtype"):
+        return repr(x).encode()
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    return np.asarray(x).tobytes()
 
 
 def a_step(folder: pathlib.Path) -> Callable[[], Any]:

@@ -16,7 +16,7 @@ from flax import nnx
 from flax.training import checkpoints
 from flax.traverse_util import unflatten_dict
 
-from flax_skd.io import checkpoint, model_card
+from flax_skd.io import checkpoint, model_card, summed_arrays
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.io.formats import (
     arrays,
@@ -377,13 +377,13 @@ def test_onnx_works_from_a_sub_network_directory_without_orbax(
 ):
     small, _, _ = ragged
     checkpoint.save_subnet(tmp_path / "small", small)
-    real = checkpoint.require
+    real = summed_arrays.require
 
     def require(name):
         fake_onnx.append(name)
         return real(name)
 
-    monkeypatch.setattr(checkpoint, "require", require)
+    monkeypatch.setattr(summed_arrays, "require", require)
     out = tmp_path / "made" / "model.onnx"
     assert onnx_main(tmp_path / "small", out) == 0
     assert set(fake_onnx) == {"jax2onnx", "onnx", "safetensors.numpy"}
