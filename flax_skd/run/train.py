@@ -93,7 +93,8 @@ def train_step(
         min(ema_decay, (1 + t) / (10 + t)), so that the start is forgotten.
       accumulate: microbatches of the one update; see `gradients.of_batch`.
       after_update: what else a step does, inside it: function (state before, state
-        after, batch, metrics) -> state, such as dual variables kept in `extra`.
+        after, batch, metrics) -> state, such as dual variables kept in `extra`. The
+        average moves after it.
 
     Returns:
       The state after, and the metrics: `loss`, `grad_norm`, `param_norm` (of the
@@ -105,14 +106,14 @@ def train_step(
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-    t = state.step.astype(jnp.float32)
-    keep = jnp.minimum(ema_decay, (1 + t) / (10 + t))
-    ema = state.ema
-    if ema is not None:
-        ema = optax.incremental_update(params, ema, 1 - keep)
-    after = TrainState(state.step + 1, params, opt_state, ema, state.rng, state.extra)
+    after = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
     if after_update is not None:
         after = after_update(state, after, batch, metrics)
+    t = state.step.astype(jnp.float32)
+    keep = jnp.minimum(ema_decay, (1 + t) / (10 + t))
+    if after.ema is not None:
+        ema = optax.incremental_update(after.params, after.ema, 1 - keep)
+        after = after._replace(ema=ema)
     norms = {
         "grad_norm": _norm(grads),
         "param_norm": _norm(after.params),
