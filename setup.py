@@ -12,7 +12,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["flax_skd*"]), "flax_skd.configs"],
+    packages=[
+        *find_packages(include=["flax_skd*"]),
+        *("flax_skd.configs", "flax_skd.configs.rivals"),
+    ],
     package_dir={"flax_skd.configs": "configs"},
     install_requires=[
         "jax>=0.8",

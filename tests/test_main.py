@@ -347,9 +347,9 @@ def test_the_whole_recipe_trains_and_smooths_once(tmp_path, capsys):
     assert losses and all(0 < value < 5 for value in losses)
     # Mixed targets are smooth already: the loss itself must not smooth again.
     config = config_files.load("configs/scratch.py")
-    assert configured_loss._smoothing(config) == 0.1
+    assert configured_loss.smoothing_of(config) == 0.1
     config.mixing.cutmix = 1.0
-    assert configured_loss._smoothing(config) == 0.0
+    assert configured_loss.smoothing_of(config) == 0.0
     assert configured_loss._mixing(config).smoothing == 0.1
 
 

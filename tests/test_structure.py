@@ -15,7 +15,7 @@ ROOT = pathlib.Path(flax_skd.__file__).parent
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in sorted(ROOT.rglob("*.py"))
-    if path.name != "__init__.py" and path.parent.name != "configs"
+    if path.name != "__init__.py" and "configs" not in path.relative_to(ROOT).parts
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
@@ -61,14 +61,16 @@ FLOORS = {
     ),
     **dict.fromkeys(
         [
-            *("run.main", "run.commands", "run.demo", "run.training"),
+            *("run.commands", "run.demo", "run.training", "run.contracting"),
             *("run.config_files", "run.feed", "run.programs", "run.sweeping"),
-            "run.contracting",
             *("run.subcommands", "run.recalibrating", "run.exporting"),
             *("run.profiling", "run.configured_loss"),
         ],
         6,
     ),
+    # The other systems: what they hand to the one loop is read by `main` alone.
+    **dict.fromkeys([name for name in MODULES if name.startswith("rivals.")], 7),
+    "run.main": 8,
 }
 # Inside method/, the only imports along a floor: `vit` is built of `attention` and
 # `layers`, three modules read its types, `growth` makes lists of `piad` from `importance`, and so

@@ -17,11 +17,13 @@ def find(argument: str) -> str:
     path, colon, variant = argument.partition(":")
     package = pathlib.Path(__file__).resolve().parents[1]
     shipped = [package / "configs", package.parent / "configs"]
-    name = pathlib.PurePath(path).name
-    for place in (pathlib.Path(path), *(folder / name for folder in shipped)):
+    parts = pathlib.PurePath(path).parts
+    nested = parts[-2:] if parts[-2:-1] == ("rivals",) else parts[-1:]
+    for place in (pathlib.Path(path), *(f.joinpath(*nested) for f in shipped)):
         if place.is_file():
             return f"{place}{colon}{variant}"
-    known = sorted({p.name for f in shipped for p in f.glob("*.py")} - {"__init__.py"})
+    files = {p.relative_to(f).as_posix() for f in shipped for p in f.rglob("*.py")}
+    known = sorted(f for f in files if not f.endswith("__init__.py"))
     raise ValueError(f"no config file {path!r}; shipped with flax_skd: {known}.")
 
 

@@ -19,7 +19,7 @@ def vit_of(config: Any, spec: ViTSpec, widths: SubnetSpec | None = None) -> ViT:
     return ViT(spec, widths, dtype=dtype, remat=config.remat)
 
 
-def _smoothing(config: Any) -> float:
+def smoothing_of(config: Any) -> float:
     """Label smoothing of the loss: none where mixed targets are smooth already."""
     return 0.0 if _mixing(config) else config.label_smoothing
 
@@ -49,7 +49,7 @@ def mixed_loss(config: Any, spec: ViTSpec, loss: Loss) -> Loss:
 def ordinary(config: Any, model: ViT) -> Loss:
     """Of a network of one size."""
     loss = objective.classification_loss(
-        model, label_smoothing=_smoothing(config), drop_path=config.drop_path
+        model, label_smoothing=smoothing_of(config), drop_path=config.drop_path
     )
     return mixed_loss(config, model.spec, loss)
 
@@ -108,7 +108,7 @@ def of_piad(config: Any, model: ViT, groups: growth.Groups) -> Loss:
 
 def _level_loss(config: Any, model: ViT, cut_of: CutOf) -> Loss:
     spec, options = model.spec, config.piad
-    smoothing = _smoothing(config)
+    smoothing = smoothing_of(config)
     made = {
         "labels": lambda: objective.classification_loss(
             model,

@@ -10,8 +10,11 @@ from absl import flags
 from absl import logging as absl_logging
 
 from flax_skd.io.extras import require
-from flax_skd.run import config_files, distributed
-from flax_skd.run.subcommands import COMMANDS, FLAGS, REQUIRED
+from flax_skd.rivals import table
+from flax_skd.run import config_files, distributed, subcommands
+from flax_skd.run.subcommands import FLAGS, REQUIRED
+
+COMMANDS = subcommands.table(table.PROGRAMS)
 
 
 def overview() -> str:

@@ -14,6 +14,7 @@ from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import Params, ViT
 from flax_skd.run import commands, configured_loss, feed, lists, sharding
 from flax_skd.run.objective import Elastic, Loss
+from flax_skd.run.train import AfterUpdate
 
 
 class Program(NamedTuple):
@@ -24,12 +25,14 @@ class Program(NamedTuple):
       params: where it starts.
       loss: what a step minimises.
       extra: what the loss reads besides, such as a dropout list.
-      before_epoch: function (index, state) -> the next `extra`, or None.
+      before_epoch: function (index, state) -> the next `extra` or state, or None.
       every_epochs: epochs from one call of `before_epoch` to the next.
       sizes: function of `extra` -> {name: widths} to evaluate; None as widths is the
         model as it is.
       save: function (directory, params, extra, facts), replacing what is there.
-      before_step: see `train.fit`, or None.
+      before_step, after_update: see `train.fit`, or None.
+      network: function (params, extra) -> parameters of `model`, which are evaluated:
+        where what is trained is not the network itself.
     """
 
     model: ViT
@@ -41,6 +44,8 @@ class Program(NamedTuple):
     save: Callable[[pathlib.Path, Params, Any, dict[str, Any]], None]
     every_epochs: float = 1.0
     before_step: Callable[[int, Any], tuple[Any, Loss]] | None = None
+    after_update: AfterUpdate | None = None
+    network: Callable[[Params, Any], Params] = lambda params, extra: params
 
 
 def _as_it_is(extra: Any) -> dict[str, None]:

@@ -116,90 +116,107 @@ def _export(f: Any) -> str:
     )
 
 
-COMMANDS = {
-    "demo": Command(
-        "train, contract, sweep and extract a small ViT on handwritten digits",
-        "[--fast]",
-        "",
-        ("out", "overwrite", "fast", "seed"),
-        lambda f: demo.run(
-            f.out or "flax_skd_demo", overwrite=f.overwrite, fast=f.fast, seed=f.seed
+def table(others: training.Programs) -> dict[str, Command]:
+    """Every subcommand by its name.
+
+    Args:
+      others: programs that `train` runs beside its own.
+    """
+    return {
+        "demo": Command(
+            "train, contract, sweep and extract a small ViT on handwritten digits",
+            "[--fast]",
+            "",
+            ("out", "overwrite", "fast", "seed"),
+            lambda f: demo.run(
+                f.out or "flax_skd_demo",
+                overwrite=f.overwrite,
+                fast=f.fast,
+                seed=f.seed,
+            ),
         ),
-    ),
-    "convert": Command(
-        "read a checkpoint of another library into --workdir (or write timm's "
-        "format, if that ends in .safetensors)",
-        "--config.model.path=FILE --config.model.variant=Ti/16 "
-        "--config.model.recipe=augreg --workdir=DIR",
-        "convert.py",
-        ("workdir", "overwrite"),
-        lambda f: commands.convert(f.config, workdir=f.workdir, overwrite=f.overwrite),
-    ),
-    "contract": Command(
-        "turn a pre-trained ViT into a super-network in --workdir",
-        "--config=configs/balanced.py:Ti/16 --config.model.path=FILE "
-        "--config.model.recipe=augreg --config.data.source=tar:IMAGES.tar --workdir=DIR",
-        "balanced.py",
-        ("workdir", "overwrite", *HOSTS),
-        lambda f: contracting.contract(
-            f.config, workdir=f.workdir, overwrite=f.overwrite
+        "convert": Command(
+            "read a checkpoint of another library into --workdir (or write timm's "
+            "format, if that ends in .safetensors)",
+            "--config.model.path=FILE --config.model.variant=Ti/16 "
+            "--config.model.recipe=augreg --workdir=DIR",
+            "convert.py",
+            ("workdir", "overwrite"),
+            lambda f: commands.convert(
+                f.config, workdir=f.workdir, overwrite=f.overwrite
+            ),
         ),
-    ),
-    "train": Command(
-        "train a ViT from scratch; checkpoints, log and the network go to --workdir",
-        "--config=configs/scratch.py --workdir=DIR",
-        "scratch.py",
-        ("workdir", "overwrite", "resume", *HOSTS),
-        lambda f: training.train(
-            f.config, workdir=f.workdir, overwrite=f.overwrite, resume=f.resume
+        "contract": Command(
+            "turn a pre-trained ViT into a super-network in --workdir",
+            "--config=configs/balanced.py:Ti/16 --config.model.path=FILE "
+            "--config.model.recipe=augreg --config.data.source=tar:IMAGES.tar --workdir=DIR",
+            "balanced.py",
+            ("workdir", "overwrite", *HOSTS),
+            lambda f: contracting.contract(
+                f.config, workdir=f.workdir, overwrite=f.overwrite
+            ),
         ),
-    ),
-    "sweep": Command(
-        "accuracy of sub-networks of the super-network in --workdir: table and figure",
-        "--workdir=DIR --config.data.source=tar:IMAGES.tar",
-        "sweep.py",
-        ("workdir", "out", "overwrite", "resume", *HOSTS),
-        lambda f: sweeping.sweep(
-            f.config,
-            workdir=f.workdir,
-            out=f.out,
-            overwrite=f.overwrite,
-            resume=f.resume,
+        "train": Command(
+            "train a ViT from scratch; checkpoints, log and the network go to --workdir",
+            "--config=configs/scratch.py --workdir=DIR",
+            "scratch.py",
+            ("workdir", "overwrite", "resume", *HOSTS),
+            lambda f: training.train(
+                f.config,
+                workdir=f.workdir,
+                overwrite=f.overwrite,
+                resume=f.resume,
+                others=others,
+            ),
         ),
-    ),
-    "extract": Command(
-        "cut the largest sub-network within a budget out of the super-network in "
-        "--workdir and write it to --out",
-        "--workdir=DIR --out=SMALL --budget=0.5",
-        "",
-        (
-            *("workdir", "out", "overwrite", *BUDGETS, "profile", "batch_size"),
-            *("recalibrate", "recalibrate_images"),
+        "sweep": Command(
+            "accuracy of sub-networks of the super-network in --workdir: table and figure",
+            "--workdir=DIR --config.data.source=tar:IMAGES.tar",
+            "sweep.py",
+            ("workdir", "out", "overwrite", "resume", *HOSTS),
+            lambda f: sweeping.sweep(
+                f.config,
+                workdir=f.workdir,
+                out=f.out,
+                overwrite=f.overwrite,
+                resume=f.resume,
+            ),
         ),
-        _extract,
-    ),
-    "profile": Command(
-        "measure what sub-networks of the super-network in --workdir take on this "
-        "device, for budgets in time, and write it to --out",
-        "--workdir=DIR --out=PROFILE",
-        "profile.py",
-        ("workdir", "out", "overwrite"),
-        lambda f: profiling.profile(
-            f.config, workdir=f.workdir, out=f.out, overwrite=f.overwrite
+        "extract": Command(
+            "cut the largest sub-network within a budget out of the super-network in "
+            "--workdir and write it to --out",
+            "--workdir=DIR --out=SMALL --budget=0.5",
+            "",
+            (
+                *("workdir", "out", "overwrite", *BUDGETS, "profile", "batch_size"),
+                *("recalibrate", "recalibrate_images"),
+            ),
+            _extract,
         ),
-    ),
-    "export": Command(
-        "write sub-networks of the super-network, or the one sub-network, in --workdir "
-        "in other programs' formats, with cards, an index and a figure",
-        "--workdir=DIR --out=EXPORTS --formats=flax,timm,onnx --budgets=0.5,1.0",
-        "",
-        (
-            *("workdir", "out", "overwrite", "formats", "budgets", "measured"),
-            *("licence", "platforms", "opset"),
+        "profile": Command(
+            "measure what sub-networks of the super-network in --workdir take on this "
+            "device, for budgets in time, and write it to --out",
+            "--workdir=DIR --out=PROFILE",
+            "profile.py",
+            ("workdir", "out", "overwrite"),
+            lambda f: profiling.profile(
+                f.config, workdir=f.workdir, out=f.out, overwrite=f.overwrite
+            ),
         ),
-        _export,
-    ),
-}
+        "export": Command(
+            "write sub-networks of the super-network, or the one sub-network, in --workdir "
+            "in other programs' formats, with cards, an index and a figure",
+            "--workdir=DIR --out=EXPORTS --formats=flax,timm,onnx --budgets=0.5,1.0",
+            "",
+            (
+                *("workdir", "out", "overwrite", "formats", "budgets", "measured"),
+                *("licence", "platforms", "opset"),
+            ),
+            _export,
+        ),
+    }
+
+
 REQUIRED = {
     **dict.fromkeys(("extract", "export", "profile"), ("workdir", "out")),
     "demo": (),

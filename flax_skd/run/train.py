@@ -43,7 +43,8 @@ class TrainState(NamedTuple):
       opt_state: of the optimizer.
       ema: moving average of params, the same tree; None to go without.
       rng: a key; step t uses `fold_in(rng, t)`, so it never changes.
-      extra: what else the loss reads and no step changes, such as a `DropoutList`.
+      extra: what else the loss reads, such as a `DropoutList`; an optimizer never sees
+        it, and no step changes it but by `after_update`.
     """
 
     step: Any
@@ -52,6 +53,10 @@ class TrainState(NamedTuple):
     ema: Params | None
     rng: Array
     extra: Any = None
+
+
+# (state before, state after the optimizer, batch, metrics of the loss) -> state
+AfterUpdate = Callable[[TrainState, TrainState, Batch, Metrics], TrainState]
 
 
 def initial_state(
@@ -75,6 +80,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     accumulate: int = 1,
+    after_update: AfterUpdate | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update; pure.
 
@@ -86,6 +92,9 @@ def train_step(
       ema_decay: most that the average keeps of itself; at step t it keeps
         min(ema_decay, (1 + t) / (10 + t)), so that the start is forgotten.
       accumulate: microbatches of the one update; see `gradients.of_batch`.
+      after_update: what else a step does, inside it: function (state before, state
+        after, batch, metrics) -> state, such as dual variables kept in `extra`. The
+        average moves after it.
 
     Returns:
       The state after, and the metrics: `loss`, `grad_norm`, `param_norm` (of the
@@ -98,17 +107,18 @@ def train_step(
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+    after = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
+    if after_update is not None:
+        after = after_update(state, after, batch, metrics)
     t = state.step.astype(jnp.float32)
     keep = jnp.minimum(ema_decay, (1 + t) / (10 + t))
-    ema = state.ema
-    if ema is not None:
-        ema = optax.incremental_update(params, ema, 1 - keep)
-    squares = {"grad": faults.squares(grads), "param": faults.squares(params)}
+    if after.ema is not None:
+        ema = optax.incremental_update(after.params, after.ema, 1 - keep)
+        after = after._replace(ema=ema)
+    squares = {"grad": faults.squares(grads), "param": faults.squares(after.params)}
     norms = {f"{name}_norm": jnp.sqrt(s.sum()) for name, s in squares.items()}
     found = {f"{name}_finite": jnp.isfinite(s) for name, s in squares.items()}
-    metrics = {**norms, **found, **metrics}
-    state = TrainState(state.step + 1, params, opt_state, ema, state.rng, state.extra)
-    return state, metrics
+    return after, {**norms, **found, **metrics}
 
 
 def fit(
@@ -128,6 +138,7 @@ def fit(
     evaluate_every: int | None = None,
     before_epoch: Callable[[int, TrainState], Any] | None = None,
     before_step: Callable[[int, Any], tuple[Any, Loss]] | None = None,
+    after_update: AfterUpdate | None = None,
     epoch_steps: int = 1,
     ema_decay: float = 0.9999,
     accumulate: int = 1,
@@ -141,7 +152,7 @@ def fit(
       state: of `initial_state`; kept, not donated.
       batches: a grain iterator of this process's batches, {"image", "label",
         "index"} or whatever `loss` takes; "index" names examples in errors.
-      loss, optimizer, ema_decay, accumulate: see `train_step`.
+      loss, optimizer, ema_decay, accumulate, after_update: see `train_step`.
       steps: updates in all, those of a resumed run included.
       config: all that decides the result, data set included, as JSON holds it. A
         resumed run must have the same.
@@ -153,7 +164,8 @@ def fit(
       evaluate: function of the state -> numbers to log.
       evaluate_every: updates; by default only after the last.
       before_epoch: function (epoch, state) -> `extra` of the epoch that begins, of
-        the same shapes: how a dropout list grows.
+        the same shapes: how a dropout list grows. Or the whole state, where a stage of
+        training starts from other parameters.
       before_step: function (step, extra) -> `extra` and loss of that step, in place of
         `loss`; every loss it returns is compiled once.
       epoch_steps: updates in an epoch.
@@ -184,6 +196,7 @@ def fit(
                 optimizer=optimizer,
                 ema_decay=ema_decay,
                 accumulate=accumulate,
+                after_update=after_update,
             ),
             mesh,
             place,
@@ -223,8 +236,11 @@ def fit(
             if before_epoch and (step - 1) % epoch_steps == 0:
                 running.settle()
                 with progress.paused():
-                    extra = before_epoch((step - 1) // epoch_steps, state)
-                state = state._replace(extra=sharding.copy_to(extra, place.extra))
+                    found = before_epoch((step - 1) // epoch_steps, state)
+                if isinstance(found, TrainState):
+                    state = sharding.copy_to(found, place)
+                else:
+                    state = state._replace(extra=sharding.copy_to(found, place.extra))
             with progress.waiting():
                 host_batch = _draw(batches, step, steps)
                 batch = sharding.shard_batch(host_batch, mesh, parts=accumulate)

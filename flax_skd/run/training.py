@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import pathlib
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +28,9 @@ AUGMENTS = {
     ),
 }
 NETWORK = "network"  # the directory of the trained network inside the workdir
+# Name -> function of the config, of programs that stand on higher floors.
+Programs = Mapping[str, Callable[[Any], programs.Program]]
+NONE: Programs = types.MappingProxyType({})
 
 
 def spec_of(model: Any) -> ViTSpec:
@@ -51,8 +56,12 @@ def augment_named(options: Any):
     return AUGMENTS[options.name](options)
 
 
-def program_of(config: Any) -> programs.Program:
+def program_of(config: Any, others: Programs) -> programs.Program:
     """The program a config names, with what it starts from read.
+
+    Args:
+      config: of training.
+      others: programs beside those of `programs`, by name.
 
     Raises:
       ValueError: if the program is unknown or its start is not what it needs.
@@ -61,10 +70,11 @@ def program_of(config: Any) -> programs.Program:
         return programs.scratch(config, spec_of(config.model))
     if config.program == "transfer":
         return programs.transfer(config, commands.load_network(config.model))
+    if config.program in others:
+        return others[config.program](config)
     if config.program not in ("piad", "finetune"):
-        raise ValueError(
-            f"program {config.program!r}: choose scratch, transfer, piad or finetune."
-        )
+        known = ", ".join(["scratch, transfer, piad or finetune", *others])
+        raise ValueError(f"program {config.program!r}: choose {known}.")
     if not config.model.path:
         raise ValueError(
             f"program {config.program!r} starts from a directory: give "
@@ -76,7 +86,9 @@ def program_of(config: Any) -> programs.Program:
     return programs.finetune(config, checkpoint.load_subnet(config.model.path))
 
 
-def train(config: Any, *, workdir: str, overwrite: bool, resume: bool) -> str:
+def train(
+    config: Any, *, workdir: str, overwrite: bool, resume: bool, others: Programs = NONE
+) -> str:
     """Trains, evaluates raw and averaged weights, and saves the network.
 
     Args:
@@ -84,13 +96,14 @@ def train(config: Any, *, workdir: str, overwrite: bool, resume: bool) -> str:
       workdir: for checkpoints, `log.jsonl` and the directory `network`.
       overwrite: delete an earlier run.
       resume: go on with an earlier run of the same config.
+      others: see `program_of`.
 
     Returns:
       What to print: where the network lies and its accuracy.
     """
     if config.weights not in ("ema", "raw"):
         raise ValueError(f"weights {config.weights!r}: choose ema or raw.")
-    program = program_of(config)
+    program = program_of(config, others)
     spec = program.model.spec
     source = feed.open_images(config.data, spec)
     batches = data.train_batches(
@@ -136,6 +149,7 @@ def train(config: Any, *, workdir: str, overwrite: bool, resume: bool) -> str:
         evaluate_every=max(1, round(config.evaluate_epochs * per_epoch)),
         before_epoch=program.before_epoch,
         before_step=program.before_step,
+        after_update=program.after_update,
         epoch_steps=max(1, round(program.every_epochs * per_epoch)),
         ema_decay=config.ema_decay,
         accumulate=config.accumulate,
@@ -172,10 +186,11 @@ def _evaluator(
     images = feed.OnMesh(batches, mesh)
 
     def evaluator(state):
-        sizes = program.sizes(jax.device_get(state.extra))
-        repairs = state.extra and state.extra.compensation
+        extra = jax.device_get(state.extra)
+        sizes = program.sizes(extra)
+        repairs = getattr(state.extra, "compensation", None)
         for name, params in (("raw", state.params), ("ema", state.ema)):
-            params = sharding.gathered(params, mesh)
+            params = program.network(sharding.gathered(params, mesh), extra)
             found = evaluate.evaluate(
                 model, params, images, list(sizes.values()), repairs=repairs
             )
