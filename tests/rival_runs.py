@@ -18,7 +18,7 @@ SPEC = ViTSpec(
     image_size=8,
     patch_size=4,
     width=16,
-    depth=4,
+    depth=2,
     num_heads=2,
     mlp_dim=32,
     num_classes=10,
@@ -27,6 +27,7 @@ SPEC = ViTSpec(
     std=(0.5,),
     crop_fraction=1.0,
 )
+DEEP = SPEC.replace(depth=4)  # where blocks differ by their place
 STEPS = 8
 
 
@@ -55,16 +56,17 @@ def start_in(folder, spec=SPEC):
 
 def arguments(name, folder, workdir, *more):
     """Two epochs of four steps over 64 of the digits."""
+    spec = DEEP if name in ("ldr", "uvc") else SPEC
     return [
         "train",
         f"--config=configs/rivals/{name}.py:reduced",
-        f"--config.model.path={start_in(folder)}",
+        f"--config.model.path={start_in(folder, spec)}",
         "--config.data.source=digits:train",
         "--config.data.eval_source=",
         "--config.data.images=64",
         "--config.data.batch_size=16",
         f"--config.epochs={STEPS // 4}",
-        "--config.checkpoint_every=1",
+        "--config.checkpoint_every=2",
         f"--workdir={folder / workdir}",
         *more,
     ]

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from rival_runs import (
-    SPEC,
+    DEEP,
     arguments,
     assert_same_networks,
     batch_of,
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 def components(count=3):
     """Trees of one block each, none of them zero."""
-    made = {f"component_{n}": params_of(seed=n)["block_1"] for n in range(count)}
-    outside = {k: v for k, v in params_of().items() if not k.startswith("block_")}
+    made = {f"component_{n}": params_of(DEEP, seed=n)["block_1"] for n in range(count)}
+    outside = {k: v for k, v in params_of(DEEP).items() if not k.startswith("block_")}
     return {"outside": outside, **made}
 
 
@@ -43,7 +43,7 @@ def test_every_block_is_the_polynomial_sum_at_any_depth(depth):
         np.testing.assert_allclose(
             found[f"block_{i}"]["mlp"]["fc1"]["kernel"], want, atol=1e-5
         )
-    spec = SPEC.replace(depth=depth)
+    spec = DEEP.replace(depth=depth)
     logits = jax.jit(ViT(spec).apply)({"params": found}, batch_of()["image"])
     assert np.isfinite(logits).all()
 
@@ -55,7 +55,7 @@ def test_chebyshev_is_the_cosine_of_the_multiple_angle():
 
 
 def test_two_linear_components_are_tleg():
-    a, b = (params_of(seed=n)["block_1"]["norm1"]["bias"] for n in range(2))
+    a, b = (params_of(DEEP, seed=n)["block_1"]["norm1"]["bias"] for n in range(2))
     found = ldr.recomposed(components(2), ldr.linear(4, 2))
     for i in range(4):
         want = a + (i + 1) / 4 * b
@@ -67,9 +67,9 @@ def test_two_linear_components_are_tleg():
 
 
 def test_a_start_is_the_mean_block_and_a_new_component_changes_nothing():
-    params = params_of()
+    params = params_of(DEEP)
     parts = ldr.decomposed(params, 4)
-    found = ldr.recomposed(parts, ldr.chebyshev(SPEC.depth, 4))
+    found = ldr.recomposed(parts, ldr.chebyshev(DEEP.depth, 4))
     kernels = [params[f"block_{i}"]["attn"]["out"]["kernel"] for i in range(4)]
     for i in range(4):
         got = found[f"block_{i}"]["attn"]["out"]["kernel"]
@@ -80,8 +80,8 @@ def test_a_start_is_the_mean_block_and_a_new_component_changes_nothing():
 @pytest.mark.parametrize(("stage", "new"), [(0, {0}), (1, {1}), (2, {2, 3})])
 def test_a_stage_trains_its_new_components_alone(stage, new):
     trains_in = ldr.stage_of([1, 2, 4])
-    base = objective.classification_loss(ViT(SPEC))
-    loss = ldr.of_components(base, ldr.chebyshev(SPEC.depth, 4), trains_in)
+    base = objective.classification_loss(ViT(DEEP))
+    loss = ldr.of_components(base, ldr.chebyshev(DEEP.depth, 4), trains_in)
     parts = components(4)
     state = TrainState(0, parts, None, None, None, ldr.Stage(np.int32(stage)))
     step = jax.jit(jax.grad(loss, has_aux=True))

@@ -102,7 +102,7 @@ def test_a_bad_call_says_what_is_needed(folder, capsys):
     for more, match in (
         ("--config.model.path=", "give --config.model.path"),
         ("--config.rival.prefixes=1,x", "write shares like"),
-        ("--config.program=scalar", "choose scratch, transfer, piad or finetune, m"),
+        ("--config.program=scalar", "piad or finetune, hpm_kd, ldr, matvit"),
     ):
         assert main.main(arguments("matvit", folder, "bad", more)) == 1
         assert match in capsys.readouterr().err

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rival_runs import (
-    SPEC,
+    DEEP,
     arguments,
     assert_same_networks,
     batch_of,
@@ -32,8 +32,8 @@ def as_arrays(found):
 def wild():
     """A structure in the middle of a search, nothing alike."""
     rng = np.random.default_rng(0)
-    pair = (SPEC.depth, 2)
-    return structure.start(SPEC)._replace(
+    pair = (DEEP.depth, 2)
+    return structure.start(DEEP)._replace(
         cut=rng.uniform(0.1, 0.6, pair).astype(np.float32),
         gates=rng.normal(2, 1, pair).astype(np.float32),
         group_dual=rng.uniform(0, 0.2, pair).astype(np.float32),
@@ -43,7 +43,7 @@ def wild():
 
 def plain_norms(params):
     found = {"qk": [], "vo": [], "mlp": []}
-    for i in range(SPEC.depth):
+    for i in range(DEEP.depth):
         b = jax.tree.map(lambda x: np.asarray(x, np.float64), params[f"block_{i}"])
         q, k, v = (b["attn"][n]["kernel"] for n in ("query", "key", "value"))
         o, w1, w2 = (
@@ -51,7 +51,7 @@ def plain_norms(params):
             b["mlp"]["fc1"]["kernel"],
             b["mlp"]["fc2"]["kernel"],
         )
-        dims, units = range(SPEC.head_dim), range(SPEC.mlp_dim)
+        dims, units = range(DEEP.head_dim), range(DEEP.mlp_dim)
         found["qk"].append(
             [(q[..., j] ** 2).sum() + (k[..., j] ** 2).sum() for j in dims]
         )
@@ -71,16 +71,16 @@ def plain_bottom(row, cut):
 
 def plain_search(found, params, budget):
     """One step on cuts and duals, block by block."""
-    norms, full = plain_norms(params), macs.macs(SPEC)
-    cost = macs.costs(SPEC)
+    norms, full = plain_norms(params), macs.macs(DEEP)
+    cost = macs.costs(DEEP)
     price = (
-        (cost.qk + cost.vo) * SPEC.head_dim / full,
-        cost.mlp * SPEC.mlp_dim / full,
+        (cost.qk + cost.vo) * DEEP.head_dim / full,
+        cost.mlp * DEEP.mlp_dim / full,
     )
-    kinds, sizes = (("qk", "vo"), ("mlp",)), (SPEC.head_dim, SPEC.mlp_dim)
+    kinds, sizes = (("qk", "vo"), ("mlp",)), (DEEP.head_dim, DEEP.mlp_dim)
     cut, y = np.array(found.cut, np.float64), np.array(found.group_dual, np.float64)
     share = cost.embed_and_head / full
-    for i in range(SPEC.depth):
+    for i in range(DEEP.depth):
         for j in range(2):
             gate = 1 / (1 + np.exp(-float(found.gates[i, j])))
             rows = [norms[k][i] for k in kinds[j]]
@@ -95,13 +95,13 @@ def plain_search(found, params, budget):
 def searching(budget):
     return jax.jit(
         lambda found, params: structure.searched(
-            found, params, SPEC, budget=budget, rates=RATES
+            found, params, DEEP, budget=budget, rates=RATES
         )
     )
 
 
 def test_a_step_of_the_search_is_descent_and_ascent_on_the_lagrangian():
-    before, params = wild(), params_of()
+    before, params = wild(), params_of(DEEP)
     after, taken = searching(0.5)(as_arrays(before), params)
     cut, y, z = plain_search(before, params, 0.5)
     np.testing.assert_allclose(after.cut, cut, atol=1e-5)
@@ -113,9 +113,9 @@ def test_a_step_of_the_search_is_descent_and_ascent_on_the_lagrangian():
 
 
 def searched(budget, *, steps=240):
-    step, params = searching(budget), params_of()
+    step, params = searching(budget), params_of(DEEP)
     shrink = jax.jit(lambda p, f, t: structure.shrunk(p, f, t, rate=RATES.shrink))
-    found, seen = as_arrays(structure.start(SPEC)), []
+    found, seen = as_arrays(structure.start(DEEP)), []
     for _ in range(steps):
         found, taken = step(found, params)
         params = shrink(params, found, taken)
@@ -126,12 +126,12 @@ def searched(budget, *, steps=240):
 def test_duals_are_not_negative_and_complementary():
     found, params, seen = searched(0.5)
     assert all((y >= 0).all() and z >= 0 for y, z in seen)
-    share = float(structure.expected_share(SPEC, found.cut, found.gates))
+    share = float(structure.expected_share(DEEP, found.cut, found.gates))
     assert found.budget_dual > 0 and share == pytest.approx(0.5, abs=0.08)
     # What is cut has been shrunk to nothing wherever its dual is positive.
-    norms = jax.device_get(structure.group_norms(params, SPEC))
+    norms = jax.device_get(structure.group_norms(params, DEEP))
     for kind, column in (("qk", 0), ("vo", 0), ("mlp", 1)):
-        for i in range(SPEC.depth):
+        for i in range(DEEP.depth):
             left, _ = plain_bottom(norms[kind][i], found.cut[i, column])
             assert found.group_dual[i, column] * left < 5e-3
     loose, _, seen = searched(1.0, steps=20)  # a budget that binds nothing
@@ -140,13 +140,13 @@ def test_duals_are_not_negative_and_complementary():
 
 
 def test_shrinking_is_the_proximal_step():
-    found, params = as_arrays(wild()), params_of()
+    found, params = as_arrays(wild()), params_of(DEEP)
     taken = {
         k: jnp.asarray(np.random.default_rng(1).random(m.shape) < 0.4)
         for k, m in found.masks.items()
     }
     out = structure.shrunk(params, found, taken, rate=0.3)
-    for i in range(SPEC.depth):
+    for i in range(DEEP.depth):
         by = 1 / (1 + 2 * 0.3 * np.asarray(found.group_dual)[i])
         w2 = params[f"block_{i}"]["mlp"]["fc2"]["kernel"]
         units = np.where(taken["mlp"][i], by[1], 1.0)
@@ -162,27 +162,27 @@ def test_shrinking_is_the_proximal_step():
 def test_the_budget_is_met_by_what_is_extracted(budget):
     found = wild()
     found.gates[1, 1] = -1.0  # a branch that goes
-    widths = structure.widths_within(found, SPEC, budget)
+    widths = structure.widths_within(found, DEEP, budget)
     assert widths.mlp_dim[1] == 0 and min(widths.mlp_dim[2:]) > 0
-    params = params_of()
+    params = params_of(DEEP)
     norms = plain_norms(params)
     done = structure.fixed(found, widths, norms)
     small = subnet.extract(structure.kept_first(params, done.masks), widths)
-    share = macs.macs(SPEC, subnet.widths_of(small, SPEC)) / macs.macs(SPEC)
+    share = macs.macs(DEEP, subnet.widths_of(small, DEEP)) / macs.macs(DEEP)
     assert budget - 0.1 < share <= budget
     kept = np.flatnonzero(done.masks["mlp"][0])
     assert set(kept) == set(np.argsort(-norms["mlp"][0])[: widths.mlp_dim[0]])
     images = batch_of()["image"]
     state = TrainState(0, params, None, None, None, as_arrays(done))
-    _, masks, _ = uvc.gated(SPEC, temperature=0.5)(params, jax.random.key(0), 6, state)
-    masked = jax.jit(ViT(SPEC).apply)({"params": params}, images, masks)
-    alone = jax.jit(ViT(SPEC, widths).apply)({"params": small}, images)
+    _, masks, _ = uvc.gated(DEEP, temperature=0.5)(params, jax.random.key(0), 6, state)
+    masked = jax.jit(ViT(DEEP).apply)({"params": params}, images, masks)
+    alone = jax.jit(ViT(DEEP, widths).apply)({"params": small}, images)
     np.testing.assert_allclose(masked, alone, atol=1e-5)
 
 
 def test_a_budget_below_one_dim_a_branch_is_an_error():
     with pytest.raises(ValueError, match="less than one dim a branch"):
-        structure.widths_within(wild(), SPEC, 0.01)
+        structure.widths_within(wild(), DEEP, 0.01)
 
 
 def test_gates_are_hard_and_open_as_often_as_their_probability():
@@ -213,7 +213,7 @@ def test_the_command_trains_and_resumes_to_the_bit(network, folder, monkeypatch)
     assert_same_networks(again, network)
     found = checkpoint.load_supernet(network)
     assert int(found.dropout_list.levels) == 1
-    assert macs.macs(SPEC, found.dropout_list.widths(1, SPEC)) <= 0.5 * macs.macs(SPEC)
+    assert macs.macs(DEEP, found.dropout_list.widths(1, DEEP)) <= 0.5 * macs.macs(DEEP)
 
 
 def test_the_structure_is_extracted_by_its_budget(network, folder):
@@ -222,7 +222,7 @@ def test_the_structure_is_extracted_by_its_budget(network, folder):
     assert main.main(args) == 0
     found = checkpoint.load_subnet(small)
     assert found.widths == checkpoint.load_supernet(network).dropout_list.widths(
-        1, SPEC
+        1, DEEP
     )
 
 
