@@ -3,19 +3,23 @@
     python benchmarks/piad_step.py [--variant=Ti/16] [--image_size=224] [--out=DIR]
         [--list=docs/networks/cifar10_ti16_64px_piad]
 
-All are `train.train_step` with AdamW, side by side, taking turns; random weights and
+All are steps of `train.fit` with AdamW, side by side, taking turns; random weights and
 images serve. The masked step is compiled once and pays for the whole network at every
-level; compiled sizes (`run.buckets`) are a few programs, each paying for its own. The
+level; compiled sizes (`run.buckets`) are a few programs, each paying for its own, and
+each is timed: what a step takes in the mean is their sum by the levels they have. The
 "repaired" steps train a network whose cuts least squares repairs, by random factors.
 `--list` takes the levels of a super-network of the same depth and widths.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import pathlib
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +28,8 @@ import numpy as np
 from flax_skd.io import checkpoint
 from flax_skd.io.extras import require
 from flax_skd.method import compensation, macs, piad, vit
-from flax_skd.method.spec import ViTSpec
-from flax_skd.run import buckets, objective, train
+from flax_skd.method.spec import SubnetSpec, ViTSpec
+from flax_skd.run import buckets, objective, sharding, timing, train, updates
 
 
 def random_repairs(spec: ViTSpec) -> compensation.Compensation:
@@ -48,60 +52,88 @@ def random_repairs(spec: ViTSpec) -> compensation.Compensation:
     )
 
 
-def steps_of(spec: ViTSpec, levels: piad.DropoutList, shares: tuple[float, ...]):
-    """(name, state, function of the step -> (extra, loss)) of each kind of training."""
+class Kind(NamedTuple):
+    """One kind of training.
 
-    def bucket_loss(within):
-        return objective.classification_loss(
-            vit.ViT(spec, within), cut_of=objective.levels_within(spec, within)
-        )
+    Attributes:
+      shares: of the MACs, where compiled sizes begin; () for one program.
+      loss_of: function of the widths of a program -> its loss.
+      repairs: of the cuts, or None.
+    """
 
-    taken = buckets.Buckets(spec, bucket_loss, shares=shares, seed=0)
-    window = np.zeros(2, np.int32)
-    masked = objective.classification_loss(
-        vit.ViT(spec), cut_of=objective.sampled_levels(spec)
-    )
+    shares: tuple[float, ...]
+    loss_of: Callable[[SubnetSpec], objective.Loss]
+    repairs: compensation.Compensation | None
+
+
+def kinds_of(spec: ViTSpec, shares: tuple[float, ...]) -> dict[str, Kind]:
+    """What is compared; the dense step is the first."""
+
+    def dense(widths):
+        del widths
+        return objective.classification_loss(vit.ViT(spec))
+
+    def masked(widths):
+        del widths
+        cut_of = objective.sampled_levels(spec)
+        return objective.classification_loss(vit.ViT(spec), cut_of=cut_of)
+
+    def within(widths):
+        cut_of = objective.levels_within(spec, widths)
+        return objective.classification_loss(vit.ViT(spec, widths), cut_of=cut_of)
+
     repairs = random_repairs(spec)
-    kinds = {
-        "dense": (objective.classification_loss(vit.ViT(spec)), None),
-        "masked": (masked, None),
-        "masked, repaired": (masked, repairs),
-        "compiled sizes": (None, None),
-        "compiled sizes, repaired": (None, repairs),
+    return {
+        "dense": Kind((), dense, None),
+        "masked": Kind((), masked, None),
+        "masked, repaired": Kind((), masked, repairs),
+        "compiled sizes": Kind(shares, within, None),
+        "compiled sizes, repaired": Kind(shares, within, repairs),
     }
-    for name, (loss, repair) in kinds.items():
-        extra = objective.Elastic(levels, repair, window)
-        state = train.initial_state(
-            vit.init(spec, jax.random.key(0)),
-            train.make_optimizer(1e-4),
-            jax.random.key(1),
-            extra=extra,
+
+
+class Run:
+    """A training of one kind, as `train.fit` runs it, on one device.
+
+    Attributes:
+      programs: [(share of the levels, step without arguments)].
+      compiling: seconds of the first calls less those of the second.
+    """
+
+    def __init__(self, spec: ViTSpec, kind: Kind, levels: piad.DropoutList, batch):
+        optimizer = train.make_optimizer(1e-4)
+        extra = objective.Elastic(levels, kind.repairs, np.zeros(2, np.int32))
+        params, rng = vit.init(spec, jax.random.key(0)), jax.random.key(1)
+        mesh = sharding.mesh(devices=jax.devices()[:1])
+        state = train.initial_state(params, optimizer, rng, extra=extra)
+        place = sharding.param_sharding(state, mesh)
+        self._state, self._batch = sharding.copy_to(state, place), batch
+        step_of = updates.compiled(
+            mesh,
+            place,
+            several=bool(kind.shares),
+            optimizer=optimizer,
+            ema_decay=0.999,
         )
-        before_step = taken.before_step
-        if loss:
-            before_step = functools.partial(_always, loss)
-        yield name, state, before_step
+        firsts = [*buckets.starts(levels, spec, kind.shares), int(levels.levels) + 1]
+        self.programs, self.compiling = [], 0.0
+        for first, after in itertools.pairwise(firsts):
+            step = step_of(kind.loss_of(levels.widths(first, spec)))
+            window = np.array([first, after - 1], np.int32)
+            run = functools.partial(self._step, step, window)
+            self.programs.append(((after - first) / firsts[-1], run))
+            self.compiling += _seconds(run) - _seconds(run)
+
+    def _step(self, step, window):
+        extra = self._state.extra._replace(window=window)
+        self._state, metrics = step(self._state._replace(extra=extra), self._batch)
+        return self._state.params, metrics
 
 
-def _always(loss, step, extra):
-    del step
-    return extra, loss
-
-
-def compiled(loss, name: str, traces: list[str]):
-    """The jitted step of a loss."""
-
-    def counted(*args):
-        traces.append(name)
-        return loss(*args)
-
-    step = functools.partial(
-        train.train_step,
-        loss=counted,
-        optimizer=train.make_optimizer(1e-4),
-        ema_decay=0.999,
-    )
-    return jax.jit(step, donate_argnums=0)
+def _seconds(run) -> float:
+    before = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - before
 
 
 def main() -> None:
@@ -110,7 +142,7 @@ def main() -> None:
     parser.add_argument("--variant", default="Ti/16", help="such as S/16")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--shares", default="0.75,0.5,0.3", help="compiled sizes")
     parser.add_argument("--list", help="super-network whose levels are drawn")
     parser.add_argument("--out", help="directory for piad_step.json and piad_step.md")
@@ -123,68 +155,52 @@ def main() -> None:
         "image": rng.integers(0, 256, shape, np.uint8),
         "label": rng.integers(0, spec.num_classes, args.batch_size, np.int32),
     }
-    traces: list[str] = []
     levels = piad.uniform(spec)
     if args.list:
         levels = checkpoint.load_supernet(args.list).dropout_list
-    smallest = macs.macs(spec, levels.widths(int(levels.levels), spec)) / macs.macs(
-        spec
-    )
-    rows = {n: [state, of] for n, state, of in steps_of(spec, levels, shares)}
-    seconds: dict[str, list[float]] = {name: [] for name in rows}
-    compiling: dict[str, float] = dict.fromkeys(rows, 0.0)
-    programs: dict = {}
-    for turn in require("tqdm").trange(args.rounds):
-        for name, row in sorted(rows.items(), reverse=bool(turn % 2)):
-            state, before_step = row
-            extra, loss = before_step(turn, state.extra)
-            state = state._replace(extra=jax.tree.map(jnp.copy, extra))
-            key = (name, loss)
-            if key not in programs:
-                before = time.perf_counter()
-                step = compiled(loss, name, traces).lower(state, batch).compile()
-                programs[key] = step
-                compiling[name] += time.perf_counter() - before
-            before = time.perf_counter()
-            row[0], metrics = programs[key](state, batch)
-            jax.block_until_ready((row[0].params, metrics))
-            seconds[name].append(time.perf_counter() - before)
-    # Levels differ from step to step: sums over all rounds, not medians of ratios.
-    dense = sum(seconds["dense"])
-    half = args.rounds // 2
-    found = {
-        name: {
-            "ratio": sum(times) / dense,
-            "halves": [
-                sum(part) / sum(other)
-                for part, other in (
-                    (times[:half], seconds["dense"][:half]),
-                    (times[half:], seconds["dense"][half:]),
-                )
-            ],
-            "images_per_second": args.batch_size * args.rounds / sum(times),
-            "programs": traces.count(name),
-            "compile_ratio": compiling[name] / compiling["dense"],
-        }
-        for name, times in seconds.items()
+    smallest = macs.macs(spec, levels.widths(int(levels.levels), spec))
+    runs = {
+        name: Run(spec, kind, levels, batch)
+        for name, kind in kinds_of(spec, shares).items()
     }
+    programs = {
+        f"{name} {i}": program
+        for name, run in runs.items()
+        for i, (_, program) in enumerate(run.programs)
+    }
+    bar = require("tqdm").tqdm(total=args.rounds * (len(programs) - 1))
+    times = timing.paired(
+        programs, against="dense 0", rounds=args.rounds, progress=bar.update
+    )
+    bar.close()
+    found = {}
+    for name, run in runs.items():
+        # Every level is as likely: a program counts by its share of them.
+        rows = [
+            (part, times[f"{name} {i}"]) for i, (part, _) in enumerate(run.programs)
+        ]
+        found[name] = {
+            field: sum(part * getattr(row, field) for part, row in rows)
+            for field in ("ratio", "low", "high")
+        }
+        found[name]["programs"] = [{"levels": p, **row._asdict()} for p, row in rows]
+        found[name]["compile_ratio"] = run.compiling / runs["dense"].compiling
     lines = [
-        "| step | images/s | time / dense (halves) | programs | compile time / dense |",
-        "|---|---|---|---|---|",
+        "| step | time / dense (quartiles) | each program | compile time / dense |",
+        "|---|---|---|---|",
     ]
     for name, row in found.items():
-        first, second = row["halves"]
+        each = ", ".join(f"{program['ratio']:.2f}" for program in row["programs"])
         lines.append(
-            f"| {name} | {row['images_per_second']:.1f} | {row['ratio']:.2f} "
-            f"({first:.2f}, {second:.2f}) | {row['programs']} | "
-            f"{row['compile_ratio']:.1f} |"
+            f"| {name} | {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}) | "
+            f"{each} | {row['compile_ratio']:.1f} |"
         )
     lines.append(
         f"\n{args.variant} at {args.image_size}, float32, batch {args.batch_size}, "
         f"{args.rounds} rounds that take turns, a list of {int(levels.levels)} levels down "
-        f"to {smallest:.0%} of the MACs, sizes "
-        f"compiled at 1 and {args.shares} of the MACs; {jax.devices()[0].device_kind}, "
-        f"{os.cpu_count()} cores, jax {jax.__version__}."
+        f"to {smallest / macs.macs(spec):.0%} of the MACs, sizes compiled at 1 and "
+        f"{args.shares} of the MACs; {jax.devices()[0].device_kind}, {os.cpu_count()} "
+        f"cores, jax {jax.__version__}."
     )
     text = "\n".join(lines)
     found["flags"] = {k: v for k, v in vars(args).items() if k != "out"}

@@ -2,7 +2,7 @@
 
     flax-skd profile --workdir=SUPERNET --out=DIR
 
-Cost: a compilation and `rounds` paired forwards of about 45 networks, for batches of 1 and
+Cost: a compilation and `rounds` paired forwards of about 50 networks, for batches of 1 and
 of `batch_size`. ViT-Ti on a 2-core CPU: about 10 minutes; on a GPU mostly compilation.
 """
 
@@ -19,6 +19,6 @@ def get_config() -> ConfigDict:
     config.attn_lane = 1
     config.mlp_lane = 1
     config.shares = "0.25,0.5,0.75"  # of every width, what the model is fitted to
-    config.levels = 6  # of the super-network's list, to check it
+    config.levels = 6  # of the list, to check it, and as many as anchors in between
     config.stairs = "0,1,2,4,8,16"  # widths so much above half a branch
     return config

@@ -12,7 +12,7 @@ from collectives import axes, collectives, total
 from flax_skd.method import partial_sums, statistics, vit
 from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import ViT
-from flax_skd.run import objective, sharding, train
+from flax_skd.run import objective, sharding, train, updates
 
 pytestmark = pytest.mark.skipif(
     jax.device_count() < 8, reason="needs eight (virtual) devices"
@@ -55,17 +55,14 @@ def compiled(**shape):
     )
     place = sharding.param_sharding(state, mesh)
     loss = objective.classification_loss(ViT(SPEC))
-    step = functools.partial(
-        train.train_step,
-        loss=sharding.with_whole_params(loss, place.params),
-        optimizer=optimizer,
-        ema_decay=0.9,
+    step_of = updates.compiled(
+        mesh, place, several=False, optimizer=optimizer, ema_decay=0.9
     )
     batch = {
         "image": jax.ShapeDtypeStruct((BATCH, 16, 16, 3), np.uint8),
         "label": jax.ShapeDtypeStruct((BATCH,), np.int32),
     }
-    program = train._compiled(step, mesh, place).lower(state, batch).compile()
+    program = step_of(loss).lower(state, batch).compile()
     return collectives(program.as_text(), mesh.size), mesh
 
 

@@ -169,7 +169,7 @@ def test_a_list_may_save_time_as_it_was_profiled(files):
     spec = checkpoint.load_supernet(files / "net").spec
     times = latency.Latency(1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-9)
     name, lanes = time_budget.device_name(), {"attn_lane": 1, "mlp_lane": 1}
-    found = time_budget.Profile(name, "float32", spec, lanes, {4: times}, [])
+    found = time_budget.Profile(name, "float32", spec, lanes, {4: times}, {}, [])
     (files / "profile").mkdir()
     time_budget.write(files / "profile", found, rounds=1)
     network, _ = contracted(

@@ -54,7 +54,7 @@ def supernet(spec, params, repairs):
 def profile(spec):
     lanes = {"attn_lane": 4, "mlp_lane": 8}
     name = time_budget.device_name()
-    return Profile(name, "float32", spec, lanes, {1: TIMES}, [])
+    return Profile(name, "float32", spec, lanes, {1: TIMES}, {}, [])
 
 
 def by_hand(supernet, widths, images):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from scipy.optimize import nnls
+from sklearn.isotonic import isotonic_regression
 
 from flax_skd.io import checkpoint
 from flax_skd.io.checkpoint import SuperNet
@@ -38,7 +39,7 @@ def profile(spec):
     models = {1: TRUE, 4: Latency(*(2 * x for x in TRUE))}
     lanes = {"attn_lane": 1, "mlp_lane": 1}
     name = time_budget.device_name()
-    return Profile(name, "float32", spec, lanes, models, [])
+    return Profile(name, "float32", spec, lanes, models, {}, [])
 
 
 def designed(spec):
@@ -91,6 +92,31 @@ def test_networks_that_leave_a_coefficient_open_are_refused(spec):
         latency.fit(uniform, [1.0] * len(uniform))
     with pytest.raises(ValueError, match="one positive number a network"):
         latency.fit(designed(spec), [0.0] * len(designed(spec)))
+
+
+def test_anchors_are_the_isotonic_regression_of_what_was_measured():
+    rng = np.random.default_rng(0)
+    sums = rng.permutation(np.linspace(1.0, 3.0, 30))
+    measured = 1.2 * sums + rng.normal(0, 0.3, 30)
+    points = latency.anchors(zip(sums, measured))
+    x, y = np.transpose(points)
+    order = np.argsort(sums)
+    np.testing.assert_array_equal(x, sums[order])
+    np.testing.assert_allclose(y, isotonic_regression(measured[order]), atol=0.01)
+    assert (np.diff(y) > 0).all()  # a cut always saves something
+
+
+def test_a_prediction_goes_through_the_anchors_and_keeps_the_ratio_beyond(spec):
+    points = latency.anchors([(2.0, 3.0), (1.0, 2.0)])
+    assert points == ((1.0, 2.0), (2.0, 3.0))
+    sums = (0.5, 1.0, 1.5, 2.0, 4.0)
+    found = [latency.bent(time, points) for time in sums]
+    np.testing.assert_allclose(found, (1.0, 2.0, 2.5, 3.0, 6.0))
+    assert latency.bent(0.7, ()) == 0.7
+    full = SubnetSpec.full(spec)
+    sums = latency.seconds(TRUE, full)
+    cost = Predicted(TRUE, spec, 1, ((sums, 2 * sums),))
+    np.testing.assert_allclose(cost(spec, full), 2e9 * sums)
 
 
 def test_the_design_cuts_every_width_alone_and_removes_branches(spec):
@@ -354,7 +380,10 @@ def test_the_profile_command_writes_what_budgets_read(measured, spec):
     assert ("stairs", 1) not in uses
     for size, model in found.latency.items():
         np.testing.assert_allclose(model, size * np.array(TRUE), rtol=1e-6)
-        assert profiling.fitted(found.measured, size) == model
+        points = found.anchors[size]
+        assert profiling.fitted(found.measured, size) == (model, points)
+        assert len(points) == 3  # the full network, two levels
+        np.testing.assert_allclose(*np.transpose(points), rtol=1e-6)
     milliseconds = time_budget.milliseconds(found, 2)
     want = 2e3 * latency.seconds(TRUE, RAGGED)
     np.testing.assert_allclose(milliseconds(spec, RAGGED), want, rtol=1e-6)
@@ -406,6 +435,8 @@ def test_a_profile_that_cannot_be_made_is_refused_before_it_takes_time(
         ("dtype", "bfloat16", "measured on the dtype 'bfloat16'"),
         ("latency", {}, "no batch size was profiled"),
         ("latency", {"1": {"fixed": 1}}, "a latency has the coefficients"),
+        ("anchors", {"1": [[2.0, 1.0], [1.0, 3.0]]}, "anchors are pairs.*both rising"),
+        ("anchors", {"1": [["a", 1.0]]}, "anchors are pairs of positive seconds"),
         ("lanes", {"attn_lane": 1}, "attn_lane and mlp_lane"),
         ("format", "flax_skd sub-network", "not a profile"),
     ],

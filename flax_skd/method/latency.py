@@ -2,12 +2,13 @@
 
 As MACs are (`macs`), time is taken as a sum over branches: a part that is there
 whatever is cut (softmax, LayerNorm, the residual), and a part for every kept dim. All
-blocks are alike. What does not add up (caches, odd widths) is the error of the model,
-which whoever measures has to state.
+blocks are alike. What does not add up (caches, odd widths) bends the sum: measured
+levels of the list say how far, anchors between which predictions are drawn. The rest is
+the error of the model, which whoever measures has to state.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,8 +60,12 @@ class Latency(NamedTuple):
         return cls(**{name: float(fields[name]) for name in cls._fields})
 
 
+# (sum over the branches, measured), seconds of one network each, both rising.
+Anchors = tuple[tuple[float, float], ...]
+
+
 class Predicted(NamedTuple):
-    """A `Latency` of one network as a cost: (spec, widths) -> nanoseconds.
+    """Times of one network's sub-networks as a cost: (spec, widths) -> nanoseconds.
 
     `piad.level_for` and `allocation.allocate` take it as they take `macs.macs`.
 
@@ -68,11 +73,13 @@ class Predicted(NamedTuple):
       latency: the coefficients.
       spec: the full network they were measured on.
       batch_size: images of one batch.
+      anchors: of `anchors`; without any the sum stands as it is.
     """
 
     latency: Latency
     spec: ViTSpec
     batch_size: int
+    anchors: Anchors = ()
 
     def __call__(self, spec: ViTSpec, widths: SubnetSpec) -> float:
         """Nanoseconds of one batch.
@@ -81,7 +88,7 @@ class Predicted(NamedTuple):
           ValueError: if the spec is another network's.
         """
         check_same_speed(self.spec, spec)
-        return 1e9 * seconds(self.latency, widths)
+        return 1e9 * bent(seconds(self.latency, widths), self.anchors)
 
 
 def features(widths: SubnetSpec) -> np.ndarray:
@@ -99,6 +106,53 @@ def seconds(latency: Latency, widths: SubnetSpec) -> float:
       widths: tuples of ints; a branch of width 0 takes no time at all.
     """
     return float(features(widths) @ np.array(latency))
+
+
+def bent(time: float, points: Anchors) -> float:
+    """Seconds for a sum over branches: on the line through the anchors.
+
+    Below the first and above the last anchor its ratio of measured to sum holds.
+    """
+    if not points:
+        return time
+    sums, measured = np.array(points).T
+    end = np.clip(time, sums[0], sums[-1])
+    return float(np.interp(end, sums, measured) * time / end)
+
+
+def anchors(pairs: Iterable[tuple[float, float]]) -> Anchors:
+    """The anchors of networks that were measured.
+
+    Where a network of a larger sum took less, both get the mean of theirs, but for a
+    thousandth of the sum: a cut always saves something.
+
+    Args:
+      pairs: (sum over the branches, measured), seconds of one network each.
+    """
+    rising: list[tuple[float, float, list[float]]] = []
+    for time, measured in sorted(dict(pairs).items()):
+        rising.append((measured - _LEAST * time, 1.0, [time]))
+        while len(rising) > 1 and rising[-2][0] >= rising[-1][0]:
+            (a, n, left), (b, m, right) = rising[-2:]
+            rising[-2:] = [((n * a + m * b) / (n + m), n + m, left + right)]
+    return tuple(
+        (time, mean + _LEAST * time) for mean, _, times in rising for time in times
+    )
+
+
+def checked_anchors(pairs: Any) -> Anchors:
+    """Anchors as JSON holds them.
+
+    Raises:
+      ValueError: if they are not pairs of positive numbers, both rising.
+    """
+    points = np.array(pairs, dtype=object).reshape(-1, 2)
+    fine = all(isinstance(x, float) and 0 < x < float("inf") for x in points.flat)
+    if not fine or not (np.diff(points.astype(float), axis=0) > 0).all():
+        raise ValueError(
+            f"anchors are pairs of positive seconds, both rising; got {pairs!r:.200}."
+        )
+    return tuple((float(a), float(b)) for a, b in points)
 
 
 def fit(networks: Sequence[SubnetSpec], times: Sequence[float]) -> Latency:
@@ -195,7 +249,7 @@ def level_for(dropout_list: DropoutList, limit: float, *, cost: Predicted) -> in
       ValueError: if no level is that fast; says what the smallest takes.
     """
     last = dropout_list.widths(int(dropout_list.levels), cost.spec)
-    fastest = seconds(cost.latency, last)
+    fastest = cost(cost.spec, last) / 1e9
     if not fastest <= limit:  # nan too
         raise ValueError(
             f"no level takes {readable(limit, cost.batch_size)}: the smallest "

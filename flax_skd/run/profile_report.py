@@ -8,7 +8,7 @@ from flax_skd.method.spec import SubnetSpec
 
 CLOSE = 0.10  # a prediction further off than this is marked
 MULTIPLES = (4, 8, 16)
-_USES = {"fit": "fit", "check": "check, not in the fit"}
+_USES = {"fit": "fit", "anchor": "fit, anchor", "check": "check, not in the fit"}
 Rows = list[dict[str, Any]]
 
 
@@ -140,14 +140,18 @@ def _scatter(axis, rows: Rows) -> None:
         linewidth=0,
         label="within 10 %",
     )
-    for use, marker in (("fit", "o"), ("check", "s")):
+    for use, label, marker in (
+        ("fit", "fitted", "o"),
+        ("anchor", "levels, fitted", "^"),
+        ("check", "levels, not fitted", "s"),
+    ):
         mine = [row for row in rows if row["use"] == use]
         axis.plot(
             [1e3 * row["seconds"] for row in mine],
             [1e3 * row["predicted"] for row in mine],
             marker,
             markersize=4,
-            label={"fit": "fitted", "check": "levels, not fitted"}[use],
+            label=label,
         )
     axis.set_xlabel("measured, ms a batch")
     axis.set_ylabel("predicted, ms a batch")

@@ -12,7 +12,7 @@ from flax_skd.io import directory as folder
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.io.extras import require
 from flax_skd.method import latency, latency_design
-from flax_skd.method.latency import Latency
+from flax_skd.method.latency import Anchors, Latency
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.run import commands, profile_report, time_budget, timing
 from flax_skd.run.time_budget import FILES
@@ -35,7 +35,7 @@ def profile(config: Any, *, workdir: str, out: str, overwrite: bool) -> str:
     lanes = {"attn_lane": config.attn_lane, "mlp_lane": config.mlp_lane}
     networks = _networks(supernet, config, lanes)
     found = time_budget.Profile(
-        time_budget.device_name(), config.dtype, supernet.spec, lanes, {}, []
+        time_budget.device_name(), config.dtype, supernet.spec, lanes, {}, {}, []
     )
     for batch_size in sorted({1, config.batch_size}):
         chosen = {
@@ -44,9 +44,12 @@ def profile(config: Any, *, workdir: str, out: str, overwrite: bool) -> str:
             if network[0] != "stairs" or batch_size == config.batch_size
         }
         rows = _measured(supernet, chosen, config, batch_size)
-        found.latency[batch_size] = fitted(rows, batch_size)
+        model, points = fitted(rows, batch_size)
+        found.latency[batch_size], found.anchors[batch_size] = model, points
         found.measured.extend(rows)
-        _add_predictions(rows, found.latency[batch_size])
+        for row in rows:
+            sums = latency.seconds(model, SubnetSpec(**row["widths"]))
+            row["predicted"] = latency.bent(sums, points)
     text = profile_report.table(found)
 
     def write(fresh: pathlib.Path) -> None:
@@ -61,22 +64,33 @@ def profile(config: Any, *, workdir: str, out: str, overwrite: bool) -> str:
 def _networks(
     supernet: SuperNet, config: Any, lanes: dict[str, int]
 ) -> dict[str, tuple[str, SubnetSpec]]:
-    """Name -> (what it is for: fit, check or stairs; widths), no widths twice."""
+    """Name -> (what it is for: fit, anchor, check or stairs; widths), none twice.
+
+    Levels are anchors and checks by turns; the full network is the first anchor.
+    """
     spec = supernet.spec
-    shares = _numbers(config, "shares", float)
-    found = {
-        name: ("fit", widths)
-        for name, widths in latency_design.design(spec, shares=shares, **lanes).items()
-    }
     levels = latency.in_lanes(supernet.dropout_list, spec, **lanes)
-    last = int(levels.levels)
-    for level in np.linspace(0, last, config.levels + 1).round().astype(int)[1:]:
-        found[f"level {level}"] = ("check", levels.widths(int(level), spec))
+    turns = np.linspace(0, int(levels.levels), 2 * config.levels + 1).round()
+    on_list = [
+        (f"level {i}" if i else "full", levels.widths(i, spec))
+        for i in turns.astype(int).tolist()
+    ]
+    shares = _numbers(config, "shares", float)
+    designed = latency_design.design(spec, shares=shares, **lanes)
+    taken, found = set(), {}
+    for use, networks in (
+        ("anchor", on_list[::2]),
+        ("fit", designed.items()),
+        ("check", on_list[1::2]),
+    ):
+        for name, widths in networks:
+            if widths not in taken:
+                taken.add(widths)
+                found[name] = (use, widths)
     above = _numbers(config, "stairs", int)
     for name, widths in latency_design.stairs(spec, above_half=above).items():
         found[name] = ("stairs", widths)
-    taken = {widths for use, widths in found.values() if use == "fit"}
-    return {n: (u, w) for n, (u, w) in found.items() if u != "check" or w not in taken}
+    return found
 
 
 def _numbers(config: Any, name: str, kind: type) -> list[Any]:
@@ -123,13 +137,16 @@ def _bar(what: str, total: int):
     return require("tqdm").tqdm(desc=what, total=total, mininterval=rest)
 
 
-def fitted(rows: list[dict[str, Any]], batch_size: int) -> Latency:
-    """The fit to the rows that are for it, of one batch size."""
-    mine = [r for r in rows if r["use"] == "fit" and r["batch_size"] == batch_size]
-    widths = [SubnetSpec(**row["widths"]) for row in mine]
-    return latency.fit(widths, [row["seconds"] for row in mine])
-
-
-def _add_predictions(rows: list[dict[str, Any]], model: Latency) -> None:
-    for row in rows:
-        row["predicted"] = latency.seconds(model, SubnetSpec(**row["widths"]))
+def fitted(rows: list[dict[str, Any]], batch_size: int) -> tuple[Latency, Anchors]:
+    """The fit to the rows that are for it, of one batch size, and its anchors."""
+    mine = [
+        (row, SubnetSpec(**row["widths"]))
+        for row in rows
+        if row["batch_size"] == batch_size and row["use"] in ("fit", "anchor")
+    ]
+    model = latency.fit([w for _, w in mine], [row["seconds"] for row, _ in mine])
+    return model, latency.anchors(
+        (latency.seconds(model, widths), row["seconds"])
+        for row, widths in mine
+        if row["use"] == "anchor"
+    )

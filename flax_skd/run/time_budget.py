@@ -11,12 +11,15 @@ import jax
 from flax_skd.io import directory as folder
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import latency
-from flax_skd.method.latency import Latency, Predicted
+from flax_skd.method.latency import Anchors, Latency, Predicted
 from flax_skd.method.piad import DropoutList
 from flax_skd.method.spec import ViTSpec
 
 FILES = ("profile.json", "profile.md", "profile.png")
-_FIELDS = {"device", "dtype", "spec", "lanes", "jax", "rounds", "latency", "measured"}
+_FIELDS = {
+    *("device", "dtype", "spec", "lanes", "jax", "rounds"),
+    *("latency", "anchors", "measured"),
+}
 _HOW = "run flax-skd profile --workdir=SUPERNET --out=DIR here"
 
 
@@ -29,6 +32,7 @@ class Profile(NamedTuple):
       spec: the full network.
       lanes: {"attn_lane", "mlp_lane"}: multiples that widths are rounded up to.
       latency: coefficients by batch size.
+      anchors: of `latency.anchors`, by batch size.
       measured: rows of what was measured, as JSON holds them.
     """
 
@@ -37,6 +41,7 @@ class Profile(NamedTuple):
     spec: ViTSpec
     lanes: dict[str, int]
     latency: dict[int, Latency]
+    anchors: dict[int, Anchors]
     measured: list[dict[str, Any]]
 
     def predicted(self, batch_size: int) -> Predicted:
@@ -51,7 +56,8 @@ class Profile(NamedTuple):
                 f"{', '.join(map(str, sorted(self.latency)))}: {_HOW} with "
                 f"--config.batch_size={batch_size}, or give one of these."
             )
-        return Predicted(self.latency[batch_size], self.spec, batch_size)
+        points = self.anchors.get(batch_size, ())
+        return Predicted(self.latency[batch_size], self.spec, batch_size, points)
 
 
 class Budget(NamedTuple):
@@ -175,6 +181,7 @@ def write(fresh: pathlib.Path, found: Profile, *, rounds: int) -> None:
     facts = found._asdict() | {
         "spec": found.spec.to_dict(),
         "latency": {str(b): m._asdict() for b, m in found.latency.items()},
+        "anchors": {str(b): points for b, points in found.anchors.items()},
         "jax": jax.__version__,
         "rounds": rounds,
     }
@@ -188,12 +195,17 @@ def _parsed(fields: dict[str, Any]) -> Profile:
     models = {int(b): Latency.from_dict(f) for b, f in fields["latency"].items()}
     if not models:
         raise ValueError("no batch size was profiled.")
+    points = {
+        int(batch_size): latency.checked_anchors(pairs)
+        for batch_size, pairs in fields["anchors"].items()
+    }
     return Profile(
         fields["device"],
         fields["dtype"],
         ViTSpec.from_dict(fields["spec"]),
         {name: int(lane) for name, lane in lanes.items()},
         models,
+        points,
         fields["measured"],
     )
 

@@ -1,25 +1,23 @@
-"""One train step and one loop, for training from scratch, fine-tuning and PIAD."""
+"""One loop, for training from scratch, fine-tuning, PIAD and the other systems."""
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from flax_skd.io import run_state
-from flax_skd.method.vit import Params
-from flax_skd.run import distributed, faults, gradients, sharding
+from flax_skd.run import distributed, faults, sharding, updates
 from flax_skd.run.interrupt import Stopped, sigterm
-from flax_skd.run.objective import Array, Batch, Loss, Metrics, classification_loss
+from flax_skd.run.objective import Loss, classification_loss
 from flax_skd.run.optimizer import cosine, make_optimizer
 from flax_skd.run.progress import Progress
 from flax_skd.run.settling import NonFiniteLossError, Running, closing
+from flax_skd.run.updates import AfterUpdate, TrainState, initial_state, train_step
 
 __all__ = [
     "NonFiniteLossError",
@@ -32,93 +30,6 @@ __all__ = [
     "make_optimizer",
     "train_step",
 ]
-
-
-class TrainState(NamedTuple):
-    """All that a run carries from step to step.
-
-    Attributes:
-      step: int32 [], updates done.
-      params: what is trained.
-      opt_state: of the optimizer.
-      ema: moving average of params, the same tree; None to go without.
-      rng: a key; step t uses `fold_in(rng, t)`, so it never changes.
-      extra: what else the loss reads, such as a `DropoutList`; an optimizer never sees
-        it, and no step changes it but by `after_update`.
-    """
-
-    step: Any
-    params: Params
-    opt_state: Any
-    ema: Params | None
-    rng: Array
-    extra: Any = None
-
-
-# (state before, state after the optimizer, batch, metrics of the loss) -> state
-AfterUpdate = Callable[[TrainState, TrainState, Batch, Metrics], TrainState]
-
-
-def initial_state(
-    params: Params,
-    optimizer: optax.GradientTransformation,
-    rng: Array,
-    *,
-    extra: Any = None,
-) -> TrainState:
-    """The state before the first step; its average starts at `params`."""
-    params, extra = jax.tree.map(jnp.asarray, (params, extra))
-    ema = jax.tree.map(jnp.copy, params)  # no memory may be donated twice
-    return TrainState(jnp.int32(0), params, optimizer.init(params), ema, rng, extra)
-
-
-def train_step(
-    state: TrainState,
-    batch: Batch,
-    *,
-    loss: Loss,
-    optimizer: optax.GradientTransformation,
-    ema_decay: float,
-    accumulate: int = 1,
-    after_update: AfterUpdate | None = None,
-) -> tuple[TrainState, Metrics]:
-    """One update; pure.
-
-    Args:
-      state: before.
-      batch: what `loss` takes.
-      loss: function (params, batch, rng, state) -> (loss [], metrics).
-      optimizer: whose state `state` holds.
-      ema_decay: most that the average keeps of itself; at step t it keeps
-        min(ema_decay, (1 + t) / (10 + t)), so that the start is forgotten.
-      accumulate: microbatches of the one update; see `gradients.of_batch`.
-      after_update: what else a step does, inside it: function (state before, state
-        after, batch, metrics) -> state, such as dual variables kept in `extra`. The
-        average moves after it.
-
-    Returns:
-      The state after, and the metrics: `loss`, `grad_norm`, `param_norm` (of the
-      state after), those of `loss`, and for errors `grad_finite` and `param_finite`,
-      bool [leaves].
-    """
-    rng = jax.random.fold_in(state.rng, state.step)
-    metrics, grads = gradients.of_batch(loss, state, batch, rng, accumulate=accumulate)
-    # optax multiplies floats by integer counts, which strict promotion refuses.
-    with jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-    after = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
-    if after_update is not None:
-        after = after_update(state, after, batch, metrics)
-    t = state.step.astype(jnp.float32)
-    keep = jnp.minimum(ema_decay, (1 + t) / (10 + t))
-    if after.ema is not None:
-        ema = optax.incremental_update(after.params, after.ema, 1 - keep)
-        after = after._replace(ema=ema)
-    squares = {"grad": faults.squares(grads), "param": faults.squares(after.params)}
-    norms = {f"{name}_norm": jnp.sqrt(s.sum()) for name, s in squares.items()}
-    found = {f"{name}_finite": jnp.isfinite(s) for name, s in squares.items()}
-    return after, {**norms, **found, **metrics}
 
 
 def fit(
@@ -187,21 +98,15 @@ def fit(
     mesh = mesh or sharding.mesh()
     place = sharding.param_sharding(state, mesh)
 
-    @functools.cache
-    def update_of(loss):
-        return _compiled(
-            functools.partial(
-                train_step,
-                loss=sharding.with_whole_params(loss, place.params),
-                optimizer=optimizer,
-                ema_decay=ema_decay,
-                accumulate=accumulate,
-                after_update=after_update,
-            ),
-            mesh,
-            place,
-        )
-
+    step_of = updates.compiled(
+        mesh,
+        place,
+        several=before_step is not None,
+        optimizer=optimizer,
+        ema_decay=ema_decay,
+        accumulate=accumulate,
+        after_update=after_update,
+    )
     # The step donates its state, and the caller's must live on.
     state = sharding.copy_to(state, place)
     with contextlib.ExitStack() as stack:
@@ -249,7 +154,7 @@ def fit(
                 extra, now = before_step(step, state.extra)
                 extra = jax.tree.map(_on_mesh, extra, place.extra)
                 state = state._replace(extra=extra)
-            state, metrics = update_of(now)(state, batch)
+            state, metrics = step_of(now)(state, batch)
             running.follow(step, metrics, host_batch)
             stopping = told_to_stop(step) and step < steps
             if stopping or step == steps or step % checkpoint_every == 0:
@@ -269,17 +174,6 @@ def fit(
 
 def _on_mesh(x, place):
     return x if isinstance(x, jax.Array) else sharding.copy_to(x, place)
-
-
-def _compiled(step, mesh, place):
-    """The jitted step of a state that lies at `place`."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(
-        step,
-        in_shardings=(place, sharding.batch_sharding(mesh)),
-        out_shardings=(place, whole),
-        donate_argnums=0,
-    )
 
 
 def _draw(batches: Iterator[Any], step: int, steps: int) -> dict[str, np.ndarray]:
