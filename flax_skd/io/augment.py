@@ -115,9 +115,12 @@ def shift_crop(
     image = preprocess.to_pil(image, spec.in_channels)
     image = preprocess.resize_short_side(image, size, spec)
     image = random_flip(preprocess.central_square(image, size), rng, flip=flip)
-    padded = np.pad(
-        preprocess.to_array(image), ((pad, pad), (pad, pad), (0, 0)), mode=padding
-    )
+    array = preprocess.to_array(image)
+    if padding == "constant":  # by hand, four times as fast
+        padded = np.zeros((size + 2 * pad, size + 2 * pad, array.shape[-1]), np.uint8)
+        padded[pad : pad + size, pad : pad + size] = array
+    else:
+        padded = np.pad(array, ((pad, pad), (pad, pad), (0, 0)), mode=padding)
     top, left = rng.integers(0, 2 * pad + 1, size=2)
     return padded[top : top + size, left : left + size]
 
