@@ -1,5 +1,6 @@
 """Where numbers stopped being finite: which parameters, which gradients, which examples."""
 
+import functools
 from typing import Any
 
 import jax
@@ -41,13 +42,18 @@ def named(finite: Any, tree: Any) -> str:
 
 def of_params(params: Any, mesh: Mesh) -> str:
     """As `named`, of parameters on a mesh."""
+    found = _finite(NamedSharding(mesh, PartitionSpec()))(params)
+    return named(jax.device_get(found), params)
+
+
+@functools.lru_cache(maxsize=8)
+def _finite(place: NamedSharding):
+    """A jitted look at every leaf, compiled once for trees of the same shapes."""
 
     def finite(tree):
         return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)])
 
-    whole = NamedSharding(mesh, PartitionSpec())
-    found = jax.jit(finite, out_shardings=whole)(params)
-    return named(jax.device_get(found), params)
+    return jax.jit(finite, out_shardings=place)
 
 
 def of_batch(batch: dict[str, np.ndarray]) -> str:

@@ -146,7 +146,7 @@ def compiled(
       mesh: of devices.
       place: shardings of the state, a tree like it.
       several: whether losses change during a run. Then what they share, the update, is
-        a program of its own, and compiled once: of ViT-Ti it is nearly half of a step's
+        a program of its own, and compiled once: of ViT-Ti it is a third of a step's
         compilation. Otherwise a step is one program.
       optimizer, ema_decay, accumulate, after_update: see `train_step`.
 
