@@ -166,7 +166,11 @@ def test_the_budget_is_met_by_what_is_extracted(budget):
     assert widths.mlp_dim[1] == 0 and min(widths.mlp_dim[2:]) > 0
     params = params_of(DEEP)
     norms = plain_norms(params)
-    done = structure.fixed(found, widths, norms)
+    # As the program has them: jit sorts the keys of a dict.
+    jitted = jax.jit(structure.group_norms, static_argnums=1)(params, DEEP)
+    done = structure.fixed(found, widths, jitted)
+    assert done.masks["mlp"].sum(-1).tolist() == list(widths.mlp_dim)
+    assert done.masks["qk"].sum(-1).tolist() == list(widths.qk_dim)
     small = subnet.extract(structure.kept_first(params, done.masks), widths)
     share = macs.macs(DEEP, subnet.widths_of(small, DEEP)) / macs.macs(DEEP)
     assert budget - 0.1 < share <= budget
@@ -213,7 +217,8 @@ def test_the_command_trains_and_resumes_to_the_bit(network, folder, monkeypatch)
     assert_same_networks(again, network)
     found = checkpoint.load_supernet(network)
     assert int(found.dropout_list.levels) == 1
-    assert macs.macs(DEEP, found.dropout_list.widths(1, DEEP)) <= 0.5 * macs.macs(DEEP)
+    share = macs.macs(DEEP, found.dropout_list.widths(1, DEEP)) / macs.macs(DEEP)
+    assert 0.42 < share <= 0.5
 
 
 def test_the_structure_is_extracted_by_its_budget(network, folder):

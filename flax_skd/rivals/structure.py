@@ -263,7 +263,9 @@ def fixed(structure: Structure, widths: SubnetSpec, norms: Any) -> Structure:
         ranks = np.argsort(np.argsort(-np.asarray(norm), axis=-1), axis=-1)
         return (ranks < np.array(width)[:, None]).astype(np.float32)
 
-    masks = {kind: mask(norms[kind], w) for kind, w in zip(norms, widths, strict=True)}
+    # By name: a dict that went through jit has its keys sorted.
+    of_kind = {"qk": widths.qk_dim, "vo": widths.vo_dim, "mlp": widths.mlp_dim}
+    masks = {kind: mask(norms[kind], width) for kind, width in of_kind.items()}
     on = np.stack([np.array(widths.vo_dim) > 0, np.array(widths.mlp_dim) > 0], 1)
     return structure._replace(stage=np.int32(1), masks=masks, on=on.astype(np.float32))
 
