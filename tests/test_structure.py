@@ -51,6 +51,7 @@ FLOORS = {
         [
             *("run.sharding", "run.train", "run.objective", "run.optimizer"),
             *("run.gradients", "run.lists", "run.distributed", "run.witness"),
+            "run.updates",
             *("run.interrupt", "run.elastic", "run.distillation", "run.mixing"),
             *("run.progress", "run.evaluate", "run.report"),
             *("run.recipes", "run.unit_choice", "run.export_index"),
