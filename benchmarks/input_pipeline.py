@@ -4,8 +4,9 @@
 
 Without a source: JPEGs of about 500 x 375 pixels made of smooth random fields with
 grain, which cost a decoder what photographs do. Rows take turns: grain with nothing but
-the decoder; grain with decoder and the resize of evaluation; the batches a training run
-draws (`data.train_batches`). The first batches fill buffers and are not counted. A run's
+the decoder; grain with decoder and the resize of evaluation; the same decoder and
+augmentation as training in a loop, which is what they cost by themselves; the batches a
+training run draws (`data.train_batches`). The first batches fill buffers and are not counted. A run's
 own waiting is `data_wait` in its log lines.
 """
 
@@ -31,6 +32,7 @@ AUGMENT = {"deit": augment.deit, "flip_crop": augment.flip_crop, "none": augment
 TITLES = {
     "decode": "grain, decode alone",
     "resize": "grain, decode and the square of evaluation",
+    "plain": "a loop on one core, decode and augment",
     "train": "train_batches, decode and augment",
 }
 
@@ -92,10 +94,16 @@ def rows(source: Any, spec: ViTSpec, args: argparse.Namespace) -> dict[str, Iter
         for batch in batches:
             yield from batch["image"]
 
+    def loop():
+        for i in itertools.cycle(range(len(source))):
+            rng = np.random.default_rng(i)
+            yield AUGMENT[args.augment](source[i].image, rng, spec)
+
     square = functools.partial(preprocess.evaluation, spec=spec)
     return {
         "decode": grain_batches(source, args, lambda image: image.size),
         "resize": grain_batches(source, args, square),
+        "plain": loop(),
         "train": trained(),
     }
 
@@ -129,19 +137,21 @@ def summary(found: dict[str, list[dict]], args: argparse.Namespace) -> dict[str,
     def spread(values):
         return [float(np.median(values)), float(min(values)), float(max(values))]
 
-    cores, rows = os.cpu_count() or 1, {}
-    for name, turns in found.items():
-        ceiling = found["decode"]
-        rows[name] = {
-            "images_per_s_core": spread(
-                [args.images / t["wall"] / cores for t in turns]
-            ),
+    cores = os.cpu_count() or 1
+    rates = {
+        name: [
+            args.images / t["wall"] / (1 if name == "plain" else cores) for t in turns
+        ]
+        for name, turns in found.items()
+    }
+    return {
+        name: {
+            "images_per_s_core": spread(rates[name]),
             "images_per_cpu_s": spread([args.images / t["cpu"] for t in turns]),
-            "of_ceiling": spread(
-                [c["wall"] / t["wall"] for c, t in zip(ceiling, turns)]
-            ),
+            "of_ceiling": spread(np.divide(rates[name], rates["decode"])),
         }
-    return rows
+        for name, turns in found.items()
+    }
 
 
 def markdown(rows: dict[str, dict], size: float, args: argparse.Namespace) -> str:

@@ -90,6 +90,7 @@ def trained(steps, workdir, *, compiled):
         checkpoint_every=250,
         before_epoch=program.before_epoch,
         before_step=sampled,
+        before_loss=program.before_loss,
         epoch_steps=len(source) // config.data.batch_size,
         ema_decay=0.99,
         log_every_steps=EVERY,

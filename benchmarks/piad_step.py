@@ -79,7 +79,7 @@ def kinds_of(spec: ViTSpec, shares: tuple[float, ...]) -> dict[str, Kind]:
         return objective.classification_loss(vit.ViT(spec), cut_of=cut_of)
 
     def within(widths):
-        cut_of = objective.levels_within(spec, widths)
+        cut_of = objective.level_within(spec, widths)
         return objective.classification_loss(vit.ViT(spec, widths), cut_of=cut_of)
 
     repairs = random_repairs(spec)
@@ -102,16 +102,18 @@ class Run:
 
     def __init__(self, spec: ViTSpec, kind: Kind, levels: piad.DropoutList, batch):
         optimizer = train.make_optimizer(1e-4)
-        extra = objective.Elastic(levels, kind.repairs, np.zeros(2, np.int32))
+        extra = objective.Elastic(levels, kind.repairs, np.int32(0))
         params, rng = vit.init(spec, jax.random.key(0)), jax.random.key(1)
         mesh = sharding.mesh(devices=jax.devices()[:1])
         state = train.initial_state(params, optimizer, rng, extra=extra)
         place = sharding.param_sharding(state, mesh)
         self._state, self._batch = sharding.copy_to(state, place), batch
+        cut = functools.partial(objective.cut_params, spec=spec)
         step_of = updates.compiled(
             mesh,
             place,
             several=bool(kind.shares),
+            before_loss=cut if kind.shares else None,
             optimizer=optimizer,
             ema_decay=0.999,
         )
@@ -119,13 +121,12 @@ class Run:
         self.programs, self.compiling = [], 0.0
         for first, after in itertools.pairwise(firsts):
             step = step_of(kind.loss_of(levels.widths(first, spec)))
-            window = np.array([first, after - 1], np.int32)
-            run = functools.partial(self._step, step, window)
+            run = functools.partial(self._step, step, np.int32(after - 1))
             self.programs.append(((after - first) / firsts[-1], run))
             self.compiling += _seconds(run) - _seconds(run)
 
-    def _step(self, step, window):
-        extra = self._state.extra._replace(window=window)
+    def _step(self, step, level):
+        extra = self._state.extra._replace(level=level)
         self._state, metrics = step(self._state._replace(extra=extra), self._batch)
         return self._state.params, metrics
 

@@ -49,8 +49,7 @@ def repairs():
 def test_gradients_are_those_of_the_masked_step(start, level, repaired):
     levels = jax.tree.map(jnp.asarray, levels_of())
     within = levels_of().widths(start, SPEC)
-    window = jnp.array([level, level], jnp.int32)
-    extra = objective.Elastic(levels, repairs() if repaired else None, window)
+    extra = objective.Elastic(levels, repairs() if repaired else None, jnp.int32(level))
     params = shake(vit.init(SPEC, jax.random.key(0)))
     state = train.TrainState(0, params, None, None, None, extra)
     batch = {k: jnp.asarray(v) for k, v in next(batches()).items()}
@@ -59,12 +58,14 @@ def test_gradients_are_those_of_the_masked_step(start, level, repaired):
         widths = levels.row(jnp.int32(level))
         return *objective.cut(params, SPEC, widths, state.extra), {}
 
-    losses = [
-        objective.classification_loss(ViT(SPEC), cut_of=masked),
-        objective.classification_loss(
-            ViT(SPEC, within), cut_of=objective.levels_within(SPEC, within)
-        ),
-    ]
+    small = objective.classification_loss(
+        ViT(SPEC, within), cut_of=objective.level_within(SPEC, within)
+    )
+
+    def compiled(params, batch, rng, state):
+        return small(objective.cut_params(params, state.extra, SPEC), batch, rng, state)
+
+    losses = [objective.classification_loss(ViT(SPEC), cut_of=masked), compiled]
     (want, _), full = jax.jit(jax.value_and_grad(losses[0], has_aux=True))(
         params, batch, jax.random.key(0), state
     )
@@ -92,13 +93,13 @@ def test_buckets_begin_at_the_first_level_within_a_share_and_stay_as_a_list_grow
 def test_every_level_is_drawn_as_often_as_any_other():
     taken = buckets.Buckets(SPEC, lambda widths: widths, shares=SHARES, seed=0)
     extra = taken.renew(objective.Elastic(levels_of()))
+    found = buckets.starts(levels_of(), SPEC, SHARES)
     counts = collections.Counter()
     for step in range(6000):
         drawn, widths = taken.before_step(step, extra)
-        first, last = drawn.window
-        assert widths == levels_of().widths(int(first), SPEC)
-        for level in range(first, last + 1):
-            counts[level] += 1 / (last - first + 1)
+        first = max(s for s in found if s <= drawn.level)
+        assert widths == levels_of().widths(first, SPEC)
+        counts[int(drawn.level)] += 1
     assert set(counts) == set(range(6))
     # 1,000 each, within four standard errors.
     assert max(abs(c - 1000) for c in counts.values()) < 4 * 1000**0.5
@@ -107,7 +108,7 @@ def test_every_level_is_drawn_as_often_as_any_other():
 def run(data=None, *, traces=None, **options):
     def loss_of(within):
         inner = objective.classification_loss(
-            ViT(SPEC, within), cut_of=objective.levels_within(SPEC, within)
+            ViT(SPEC, within), cut_of=objective.level_within(SPEC, within)
         )
 
         def loss(*args):
@@ -120,7 +121,7 @@ def run(data=None, *, traces=None, **options):
     compiled = buckets.Buckets(SPEC, loss_of, shares=SHARES, seed=0)
     optimizer = train.make_optimizer(3e-3, clip_norm=1.0)
     params = shake(vit.init(SPEC, jax.random.key(0)))
-    extra = objective.Elastic(growth.start(SPEC, GROUPS), None, np.zeros(2, np.int32))
+    extra = objective.Elastic(growth.start(SPEC, GROUPS), None, np.int32(0))
     return train.fit(
         train.initial_state(params, optimizer, jax.random.key(1), extra=extra),
         data or batches(),
@@ -130,6 +131,7 @@ def run(data=None, *, traces=None, **options):
         mesh=ONE(),
         before_epoch=compiled.after(grower([])),
         before_step=compiled.before_step,
+        before_loss=compiled.before_loss,
         epoch_steps=EPOCH_STEPS,
         **options,
     )

@@ -137,11 +137,21 @@ def test_masked_equals_extracted_in_logits_and_gradients(
         )
         return (logits**2).sum(), logits
 
+    def of_masked_parameters(p):
+        p = subnet.masked(p, spec, widths)
+        logits = ViT(spec).apply({"params": p}, batch["image"])
+        return (logits**2).sum(), logits
+
     def extracted(p):
         logits = ViT(spec, widths).apply({"params": p}, batch["image"])
         return (logits**2).sum(), logits
 
     wide, logits = jax.grad(masked, has_aux=True)(params)
+    same, same_logits = jax.grad(of_masked_parameters, has_aux=True)(params)
+    np.testing.assert_allclose(logits, same_logits, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(wide), strict=True):
+        scale = max(1.0, float(jnp.abs(b).max()))
+        np.testing.assert_allclose(a, b, atol=1e-5 * scale)
     narrow, cut_logits = jax.grad(extracted, has_aux=True)(small)
     np.testing.assert_allclose(logits, cut_logits, atol=1e-5)
     # The gradient of the small network is the slice of the masked one ...

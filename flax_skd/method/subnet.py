@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from flax_skd.method.layers import Array, times
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import BlockMasks, Params
 
@@ -34,6 +35,35 @@ def masks(spec: ViTSpec, widths: SubnetSpec) -> tuple[BlockMasks, ...]:
         )
         for i in range(spec.depth)
     )
+
+
+def masked(params: Params, spec: ViTSpec, widths: SubnetSpec) -> Params:
+    """Parameters with which the full network computes what the sub-network computes.
+
+    The same function and gradients as under `masks`: there features are multiplied,
+    here what makes the queries and what reads the values and hidden units, once a batch.
+
+    Args:
+      params: of the full network.
+      spec: its sizes.
+      widths: integers or integer arrays [L], traced or not; one cut for all examples.
+
+    Returns:
+      A tree of the same shapes, linear in `params`.
+    """
+    out = dict(params)
+    for i, mask in enumerate(masks(spec, widths)):
+        block = dict(params[f"block_{i}"])
+        attn, mlp = dict(block["attn"]), dict(block["mlp"])
+        attn["query"] = {k: times(x, mask.qk) for k, x in attn["query"].items()}
+        attn["out"] = _read(attn["out"], mask.vo[None, :, None], mask.attn_gate)
+        mlp["fc2"] = _read(mlp["fc2"], mask.mlp[:, None], mask.mlp_gate)
+        out[f"block_{i}"] = {**block, "attn": attn, "mlp": mlp}
+    return out
+
+
+def _read(linear: Params, rows: Array, gate: Array) -> Params:
+    return {"kernel": linear["kernel"] * rows, "bias": linear["bias"] * gate}
 
 
 def extract(params: Params, widths: SubnetSpec) -> Params:

@@ -1,9 +1,10 @@
 """PIAD in a few compiled sizes: a step computes little more than the level it drew.
 
-The masked step computes the whole network at every level. Here the host draws a bucket of
-levels, and the step, compiled for the widths of the bucket's largest level, draws one of
-its levels; the mask does what is left. A list only grows at its end, so a bucket, once it
-is there, keeps its widths: as many compilations as buckets, however long the run.
+The masked step computes the whole network at every level. Here the host draws the level.
+Parameters are cut for it by one program (`objective.cut_params`), and their gradient is
+taken by another, compiled for the widths of the largest level of a bucket of them. A list
+only grows at its end, so a bucket, once it is there, keeps its widths: as many
+compilations as buckets, however long the run.
 """
 
 import functools
@@ -17,16 +18,18 @@ import numpy as np
 from flax_skd.method import macs
 from flax_skd.method.piad import DropoutList
 from flax_skd.method.spec import SubnetSpec, ViTSpec
+from flax_skd.method.vit import Params
+from flax_skd.run import objective
 from flax_skd.run.objective import Elastic, Loss
 
 
 class Buckets:
-    """Draws buckets for `train.fit`; every level is as likely as without them.
+    """Draws levels for `train.fit`, each as likely as any, and the bucket of each.
 
     Args:
       spec: the full network.
       loss_of: function of static widths -> the loss of a model of these widths, with
-        `objective.levels_within` them.
+        `objective.level_within` them.
       shares: of all MACs, falling, below 1: where the next bucket begins.
       seed: of the draws; step t draws by (seed, t), on every process the same.
 
@@ -53,28 +56,28 @@ class Buckets:
         self._starts: list[int] = []
 
     def renew(self, extra: Elastic) -> Elastic:
-        """Takes note of a list that has grown; gives `extra` back, with a window."""
+        """Takes note of a list that has grown; gives `extra` back, with a level."""
         self._list = jax.device_get(extra.dropout_list)
         self._starts = starts(self._list, self._spec, self._shares)
-        levels = int(self._list.levels)
-        return extra._replace(window=np.array([0, levels], np.int32))
+        return extra._replace(level=np.int32(0))
 
     def after(self, grow: Callable[[int, Any], Elastic]) -> Callable[[int, Any], Any]:
         """A `before_epoch` that takes note of what `grow` made."""
         return lambda epoch, state: self.renew(grow(epoch, state))
 
     def before_step(self, step: int, extra: Elastic) -> tuple[Elastic, Loss]:
-        """The bucket of a step: its window in `extra`, and its loss."""
+        """The level of a step, in `extra`, and the loss of its bucket."""
         if self._list is None:  # a run that is resumed within an epoch
             self.renew(extra)
         levels = int(self._list.levels)
-        drawn = np.random.default_rng((self._seed, step)).integers(levels + 1)
-        index = np.searchsorted(self._starts, drawn, side="right") - 1
-        first = self._starts[index]
-        last = ([*self._starts, levels + 1])[index + 1] - 1
-        window = np.array([first, last], np.int32)
+        level = np.random.default_rng((self._seed, step)).integers(levels + 1)
+        first = max(start for start in self._starts if start <= level)
         widths = self._list.widths(first, self._spec)
-        return extra._replace(window=window), self._loss_of(widths)
+        return extra._replace(level=np.int32(level)), self._loss_of(widths)
+
+    def before_loss(self, params: Params, extra: Elastic) -> Params:
+        """What the losses are given; pure, and compiled once for all of them."""
+        return objective.cut_params(params, extra, self._spec)
 
 
 def starts(

@@ -70,7 +70,7 @@ def compiled_sizes(config: Any, spec: ViTSpec) -> buckets.Buckets | None:
 
     def loss_of(within):
         model = vit_of(config, spec, within)
-        return _level_loss(config, model, objective.levels_within(spec, within))
+        return _level_loss(config, model, objective.level_within(spec, within))
 
     return buckets.Buckets(spec, loss_of, shares=shares, seed=config.seed)
 

@@ -28,12 +28,12 @@ class Elastic(NamedTuple):
     Attributes:
       dropout_list: the levels.
       compensation: what repairs a cut, constant; None for plain slices.
-      window: int32 [2], first and last level that a step may draw; None for all.
+      level: int32 [], of the step, where the host draws it; None where the step does.
     """
 
     dropout_list: DropoutList
     compensation: Compensation | None = None
-    window: Any = None
+    level: Any = None
 
 
 def cut(params: Params, spec: ViTSpec, widths: SubnetSpec, extra: Elastic):
@@ -42,24 +42,11 @@ def cut(params: Params, spec: ViTSpec, widths: SubnetSpec, extra: Elastic):
     return params, subnet.masks(spec, widths)
 
 
-def cut_within(
-    params: Params,
-    spec: ViTSpec,
-    widths: SubnetSpec,
-    extra: Elastic,
-    within: SubnetSpec,
-):
-    """As `cut`, of a model that has the static widths `within` to begin with.
-
-    Nothing beyond them is computed, but for repairs; `widths` lie inside them.
-    """
-    params, masks = cut(params, spec, widths, extra)
-    sizes = zip(masks, *within, strict=True)
-    masks = tuple(
-        m._replace(qk=m.qk[:qk], vo=m.vo[:vo], mlp=m.mlp[:mlp])
-        for m, qk, vo, mlp in sizes
-    )
-    return subnet.extract(params, within), masks
+def cut_params(params: Params, extra: Elastic, spec: ViTSpec) -> Params:
+    """Parameters with which the full model is the sub-network of `extra.level`."""
+    widths = extra.dropout_list.row(extra.level)
+    params = compensation.repaired(params, spec, extra.compensation, widths)
+    return subnet.masked(params, spec, widths)
 
 
 def drop_path_masks(
@@ -129,22 +116,19 @@ def sampled_levels(
     return cut_of
 
 
-def levels_within(spec: ViTSpec, within: SubnetSpec) -> CutOf:
-    """`CutOf` of PIAD for a model of static widths: a level of `state.extra.window`.
+def level_within(spec: ViTSpec, within: SubnetSpec) -> CutOf:
+    """`CutOf` of PIAD for a model of static widths and parameters of `cut_params`.
 
     Args:
       spec: the full network.
-      within: widths of the model, at least those of every level of the window.
+      within: widths of the model, at least those of `state.extra.level`. Nothing beyond
+        them is computed, and all between is 0.
     """
 
     def cut_of(params, rng, batch_size, state):
-        del batch_size
-        extra = state.extra
-        first, last = extra.window
-        level = jax.random.randint(rng, (), first, last + 1)
-        widths = extra.dropout_list.row(level)
-        params, masks = cut_within(params, spec, widths, extra, within)
-        return params, masks, level_metrics(spec, extra.dropout_list, level)
+        del rng, batch_size
+        metrics = level_metrics(spec, state.extra.dropout_list, state.extra.level)
+        return subnet.extract(params, within), None, metrics
 
     return cut_of
 

@@ -30,7 +30,7 @@ class Program(NamedTuple):
       sizes: function of `extra` -> {name: widths} to evaluate; None as widths is the
         model as it is.
       save: function (directory, params, extra, facts), replacing what is there.
-      before_step, after_update: see `train.fit`, or None.
+      before_step, before_loss, after_update: see `train.fit`, or None.
       network: function (params, extra) -> parameters of `model`, which are evaluated:
         where what is trained is not the network itself.
     """
@@ -44,6 +44,7 @@ class Program(NamedTuple):
     save: Callable[[pathlib.Path, Params, Any, dict[str, Any]], None]
     every_epochs: float = 1.0
     before_step: Callable[[int, Any], tuple[Any, Loss]] | None = None
+    before_loss: Callable[[Params, Any], Params] | None = None
     after_update: AfterUpdate | None = None
     network: Callable[[Params, Any], Params] = lambda params, extra: params
 
@@ -140,9 +141,10 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
     loss = configured_loss.of_piad(config, model, groups)
     extra = Elastic(growth.start(spec, groups), supernet.compensation)
     grow, before_step = _grower(config, model, groups), None
+    before_loss = None
     if compiled := configured_loss.compiled_sizes(config, spec):
-        extra = extra._replace(window=np.zeros(2, np.int32))
-        grow, before_step = compiled.after(grow), compiled.before_step
+        extra, grow = extra._replace(level=np.int32(0)), compiled.after(grow)
+        before_step, before_loss = compiled.before_step, compiled.before_loss
     return Program(
         model,
         supernet.params,
@@ -153,6 +155,7 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
         save,
         options.grow_epochs,
         before_step,
+        before_loss,
     )
 
 

@@ -17,7 +17,13 @@ from flax_skd.run.objective import Loss, classification_loss
 from flax_skd.run.optimizer import cosine, make_optimizer
 from flax_skd.run.progress import Progress
 from flax_skd.run.settling import NonFiniteLossError, Running, closing
-from flax_skd.run.updates import AfterUpdate, TrainState, initial_state, train_step
+from flax_skd.run.updates import (
+    AfterUpdate,
+    BeforeLoss,
+    TrainState,
+    initial_state,
+    train_step,
+)
 
 __all__ = [
     "NonFiniteLossError",
@@ -49,6 +55,7 @@ def fit(
     evaluate_every: int | None = None,
     before_epoch: Callable[[int, TrainState], Any] | None = None,
     before_step: Callable[[int, Any], tuple[Any, Loss]] | None = None,
+    before_loss: BeforeLoss | None = None,
     after_update: AfterUpdate | None = None,
     epoch_steps: int = 1,
     ema_decay: float = 0.9999,
@@ -79,6 +86,8 @@ def fit(
         training starts from other parameters.
       before_step: function (step, extra) -> `extra` and loss of that step, in place of
         `loss`; every loss it returns is compiled once.
+      before_loss: function (params, extra) -> the parameters that the losses of
+        `before_step` are given, compiled once for all; gradients go back through it.
       epoch_steps: updates in an epoch.
       schedule: of the learning rate, to be logged.
       log_every_steps, log_every_s: report at whichever comes first.
@@ -102,6 +111,7 @@ def fit(
         mesh,
         place,
         several=before_step is not None,
+        before_loss=before_loss,
         optimizer=optimizer,
         ema_decay=ema_decay,
         accumulate=accumulate,

@@ -149,6 +149,7 @@ def train(
         evaluate_every=max(1, round(config.evaluate_epochs * per_epoch)),
         before_epoch=program.before_epoch,
         before_step=program.before_step,
+        before_loss=program.before_loss,
         after_update=program.after_update,
         epoch_steps=max(1, round(program.every_epochs * per_epoch)),
         ema_decay=config.ema_decay,

@@ -37,6 +37,8 @@ class TrainState(NamedTuple):
 
 # (state before, state after the optimizer, batch, metrics of the loss) -> state
 AfterUpdate = Callable[[TrainState, TrainState, Batch, Metrics], TrainState]
+# (params, extra) -> params
+BeforeLoss = Callable[[Params, Any], Params]
 
 
 def initial_state(
@@ -138,6 +140,7 @@ def compiled(
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     accumulate: int = 1,
+    before_loss: BeforeLoss | None = None,
     after_update: AfterUpdate | None = None,
 ) -> Callable[[Loss], Callable[[TrainState, Batch], tuple[TrainState, Metrics]]]:
     """The step on a mesh, by its loss; donates the state.
@@ -145,10 +148,11 @@ def compiled(
     Args:
       mesh: of devices.
       place: shardings of the state, a tree like it.
-      several: whether losses change during a run. Then what they share, the update, is
-        a program of its own, and compiled once: of ViT-Ti it is a third of a step's
-        compilation. Otherwise a step is one program.
+      several: whether losses change during a run. Then what they share, `before_loss`
+        and the update, are programs of their own, each compiled once: of ViT-Ti the
+        update is a third of a step's compilation. Otherwise a step is one program.
       optimizer, ema_decay, accumulate, after_update: see `train_step`.
+      before_loss: with `several`, what every loss is given instead of the parameters.
 
     Returns:
       Function of a loss -> function of state and batch; every loss compiles once.
@@ -160,8 +164,19 @@ def compiled(
         "ema_decay": ema_decay,
         "after_update": after_update,
     }
+    before_loss = before_loss or (lambda params, extra: params)
+    given = jax.jit(
+        before_loss,
+        in_shardings=(place.params, place.extra),
+        out_shardings=place.params,
+    )
+
+    def through(state, batch, metrics, grads):
+        _, back = jax.vjp(lambda p: before_loss(p, state.extra), state.params)
+        return apply(state, batch, metrics, *back(grads), **rule)
+
     update = jax.jit(
-        functools.partial(apply, **rule),
+        through,
         in_shardings=(place, batches, whole, place.params),
         out_shardings=(place, whole),
         donate_argnums=0,
@@ -182,6 +197,11 @@ def compiled(
             in_shardings=(place, batches),
             out_shardings=(whole, place.params),
         )
-        return lambda state, batch: update(state, batch, *differentiated(state, batch))
+
+        def step(state, batch):
+            cut = state._replace(params=given(state.params, state.extra))
+            return update(state, batch, *differentiated(cut, batch))
+
+        return step
 
     return step_of
