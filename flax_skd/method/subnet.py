@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from flax_skd.method.layers import Array, times
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import BlockMasks, Params
 
@@ -55,14 +54,16 @@ def masked(params: Params, spec: ViTSpec, widths: SubnetSpec) -> Params:
     for i, mask in enumerate(masks(spec, widths)):
         block = dict(params[f"block_{i}"])
         attn, mlp = dict(block["attn"]), dict(block["mlp"])
-        attn["query"] = {k: times(x, mask.qk) for k, x in attn["query"].items()}
+        attn["query"] = {
+            k: x * jnp.broadcast_to(mask.qk, x.shape) for k, x in attn["query"].items()
+        }
         attn["out"] = _read(attn["out"], mask.vo[None, :, None], mask.attn_gate)
         mlp["fc2"] = _read(mlp["fc2"], mask.mlp[:, None], mask.mlp_gate)
         out[f"block_{i}"] = {**block, "attn": attn, "mlp": mlp}
     return out
 
 
-def _read(linear: Params, rows: Array, gate: Array) -> Params:
+def _read(linear: Params, rows: jax.Array, gate: jax.Array) -> Params:
     return {"kernel": linear["kernel"] * rows, "bias": linear["bias"] * gate}
 
 

@@ -14,7 +14,7 @@ from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import Params, ViT
 from flax_skd.run import commands, configured_loss, feed, lists, sharding
 from flax_skd.run.objective import Elastic, Loss
-from flax_skd.run.train import AfterUpdate
+from flax_skd.run.train import AfterUpdate, BeforeLoss
 
 
 class Program(NamedTuple):
@@ -30,7 +30,7 @@ class Program(NamedTuple):
       sizes: function of `extra` -> {name: widths} to evaluate; None as widths is the
         model as it is.
       save: function (directory, params, extra, facts), replacing what is there.
-      before_step, before_loss, after_update: see `train.fit`, or None.
+      before_step, after_update, before_loss: see `train.fit`, or None.
       network: function (params, extra) -> parameters of `model`, which are evaluated:
         where what is trained is not the network itself.
     """
@@ -44,9 +44,9 @@ class Program(NamedTuple):
     save: Callable[[pathlib.Path, Params, Any, dict[str, Any]], None]
     every_epochs: float = 1.0
     before_step: Callable[[int, Any], tuple[Any, Loss]] | None = None
-    before_loss: Callable[[Params, Any], Params] | None = None
     after_update: AfterUpdate | None = None
     network: Callable[[Params, Any], Params] = lambda params, extra: params
+    before_loss: BeforeLoss | None = None
 
 
 def _as_it_is(extra: Any) -> dict[str, None]:
@@ -155,7 +155,7 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
         save,
         options.grow_epochs,
         before_step,
-        before_loss,
+        before_loss=before_loss,
     )
 
 
