@@ -123,7 +123,14 @@ def arrays(run: Run) -> dict[str, np.ndarray]:
         "network": {"params": network.params, "list": network.dropout_list._asdict()},
     }
     leaves = jax.tree_util.tree_leaves_with_path(found)
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+    return {jax.tree_util.keystr(path): _plain(x) for path, x in leaves}
+
+
+def _plain(x: Any) -> np.ndarray:
+    key = isinstance(x, jax.Array) and jax.dtypes.issubdtype(
+        x.dtype, jax.dtypes.prng_key
+    )
+    return np.asarray(jax.random.key_data(x) if key else x)
 
 
 def differing(run: Run, reference: Run) -> list[str]:

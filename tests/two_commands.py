@@ -9,7 +9,7 @@ from flax_skd.run import main
 
 TRAIN = [
     *("train", "--config=configs/scratch.py", "--config.epochs=0.25"),
-    *("--config.model.depth=2", "--config.model.width=16", "--config.model.mlp_dim=24"),
+    *("--config.model.depth=1", "--config.model.width=16", "--config.model.mlp_dim=24"),
     *("--config.data.batch_size=64", "--config.warmup_epochs=0.0"),
     *("--config.evaluate_epochs=100.0", "--config.weights=raw"),
 ]
