@@ -21,7 +21,7 @@ setup(
         "jax>=0.8",
         "flax>=0.12",
         "optax>=0.2.5",
-        "orbax-checkpoint>=0.11",
+        "orbax-checkpoint>=0.11.25",
         "tensorflow-datasets>=4.9.8",
         "ml-collections>=1.0",
         "absl-py",

@@ -61,7 +61,8 @@ def tried(folder: pathlib.Path, read: Callable[[], Any], places: int) -> dict[st
     """Counts of what `read` does about every case, and examples of what is silent."""
     counts, silent = collections.Counter(), []
     whole = leaves(read())
-    for number, path in enumerate(sorted(p for p in folder.rglob("*") if p.is_file())):
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    for number, path in enumerate(require("tqdm").tqdm(paths, desc=folder.name)):
         content = path.read_bytes()
         for how, broken in damaged(content, places, number):
             path.write_bytes(broken)
