@@ -52,8 +52,9 @@ def get_config(variant: str = "") -> ConfigDict:
     # weighted_units | branches
     config.piad.branch_rate = 0.2  # at which branches are skipped
     config.piad.sampling = "per_step"  # or "per_example"
-    # Shares of the MACs, falling, such as "0.75,0.5,0.35": a step computes the smallest
-    # of these sizes that holds its level, each compiled once; empty masks the whole.
+    # Shares of the MACs, falling, such as "0.85,0.675,0.475,0.275": a step computes the
+    # smallest of these sizes that holds its level, each compiled once, and all its
+    # microbatches have that level; empty masks the whole network.
     config.piad.compiled = ""
     config.piad.draw = "uniform"  # over levels, or over "macs"
     config.piad.loss = "labels"  # in_place | sandwich | teacher

@@ -150,6 +150,18 @@ def test_a_run_compiles_each_size_once_and_resumes_to_the_bit(tmp_path):
     assert_same(run(workdir=tmp_path, resume=True), whole)
 
 
+def test_before_loss_without_before_step_is_an_error():
+    with pytest.raises(ValueError, match="give both"):
+        train.fit(
+            None,
+            batches(),
+            loss=None,
+            optimizer=None,
+            steps=1,
+            before_loss=lambda params, extra: params,
+        )
+
+
 @pytest.mark.parametrize("shares", [(1.0, 0.5), (0.5, 0.75), (0.5, 0.5), (0.5, 0.0)])
 def test_shares_that_do_not_fall_are_an_error(shares):
     with pytest.raises(ValueError, match="must fall"):

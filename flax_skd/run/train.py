@@ -98,12 +98,15 @@ def fit(
     Raises:
       NonFiniteLossError: names the step, the examples and the last good checkpoint.
       Stopped: after SIGTERM, with the state saved; says how to go on.
-      ValueError: if `workdir`, `config`, the batches or the mesh do not fit.
+      ValueError: if `workdir`, `config`, the batches or the mesh do not fit, or
+        `before_loss` comes alone.
     """
     counts = {"steps": steps, "checkpoint_every": checkpoint_every}
     for name, count in (counts | {"accumulate": accumulate}).items():
         if count < 1:
             raise ValueError(f"{name} = {count} must be at least 1.")
+    if before_loss and not before_step:
+        raise ValueError("before_loss is for the losses of before_step: give both.")
     mesh = mesh or sharding.mesh()
     place = sharding.param_sharding(state, mesh)
 
