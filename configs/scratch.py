@@ -2,7 +2,7 @@
 
     flax-skd train --config=configs/scratch.py --workdir=DIR
 
-As it stands: a small ViT on scikit-learn's handwritten digits, about 95 % on the 450
+As it stands: a small ViT on scikit-learn's handwritten digits, about 96 % on the 450
 test images after two minutes on two CPU cores. With `:S/16` and a dataset by name it is
 the usual ImageNet network and wants accelerators.
 """
