@@ -165,7 +165,8 @@ def main() -> None:
     if args.out:
         stem = pathlib.Path(args.out) / "extraction"
         stem.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"seconds": seconds, "bytes": sizes, "flags": vars(args)}
+        flags = {k: v for k, v in vars(args).items() if k not in ("out", "work")}
+        facts = {"seconds": seconds, "bytes": sizes, "flags": flags}
         stem.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
         stem.with_suffix(".md").write_text(text + "\n")
 

@@ -200,7 +200,8 @@ def main() -> None:
     if args.out:
         stem = pathlib.Path(args.out) / "input_pipeline"
         stem.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"rows": found, "cores": os.cpu_count(), "flags": vars(args)}
+        flags = {k: v for k, v in vars(args).items() if k != "out"}
+        facts = {"rows": found, "cores": os.cpu_count(), "flags": flags}
         stem.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
         stem.with_suffix(".md").write_text(text + "\n")
 
