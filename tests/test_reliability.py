@@ -24,6 +24,7 @@ from flax_skd.io import run_state, whole_steps
 from flax_skd.run import witness
 
 SECONDS = 400  # then what hangs is ended: other work may share the cores
+ENDED_BY_JAX = (-signal.SIGABRT, 1)  # jaxlib aborts, up to 0.8 it exits with 1
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_a_run_killed_again_and_again_loses_nothing_that_was_saved(
 def test_an_older_step_that_was_half_deleted_does_no_harm(tmp_path, uninterrupted):
     killed_training.run(tmp_path, steps=6)
     for name in ("_CHECKPOINT_METADATA", "commit_success.txt", "state/_METADATA"):
-        (tmp_path / "checkpoints/2" / name).unlink()
+        (tmp_path / "checkpoints/2" / name).unlink(missing_ok=True)
     state, files = uninterrupted
     assert_same(killed_training.run(tmp_path, resume=True), state)
     assert names(tmp_path) == files
@@ -116,7 +117,7 @@ def pair(folder, end, at):
             process.kill()
     seconds = time.monotonic() - first
     # The witness speaks when the process is gone.
-    ended = [f for f, code in zip(files, codes) if code == -signal.SIGABRT]
+    ended = [f for f, code in zip(files, codes) if code in ENDED_BY_JAX]
     while any(witness.AGAIN not in f.read_text() for f in ended):
         assert time.monotonic() < limit, "no witness spoke"
         time.sleep(0.1)
@@ -128,7 +129,7 @@ def test_when_one_process_dies_the_other_says_so_and_both_resume(
 ):
     folder = tmp_path / "run"
     seconds, codes, logs = pair(folder, "dying_before", "8")
-    assert codes[1] == -signal.SIGKILL and codes[0] == -signal.SIGABRT, logs[0][-3000:]
+    assert codes[1] == -signal.SIGKILL and codes[0] in ENDED_BY_JAX, logs[0][-3000:]
     assert seconds < 60
     last = logs[0].strip().splitlines()[-1]
     assert "process 0 of 2 was ended: process 1 is gone" in last
@@ -146,7 +147,7 @@ def test_when_one_process_dies_the_other_says_so_and_both_resume(
 
 def test_when_the_coordinator_dies_the_other_says_so(tmp_path):
     seconds, codes, logs = pair(tmp_path / "run", "coordinator", "")
-    assert codes[0] == -signal.SIGKILL and codes[1] == -signal.SIGABRT, logs[1][-3000:]
+    assert codes[0] == -signal.SIGKILL and codes[1] in ENDED_BY_JAX, logs[1][-3000:]
     assert seconds < 60
     last = logs[1].strip().splitlines()[-1]
     assert "process 1 of 2 was ended: process 0 (127.0.0.1:" in last

@@ -152,7 +152,7 @@ def test_contract_and_sweep_by_two_processes_give_the_table_of_one(commands):
 def test_only_the_first_process_tells_and_writes(commands):
     _, folder, logs = commands
     assert "wrote" in logs[0] and "step 5/" in logs[0]
-    assert "wrote" not in logs[1] and "step" not in logs[1]
+    assert "wrote" not in logs[1] and " step " not in logs[1]
     assert "rows of" in logs[0] and "rows of" not in logs[1]
     # Each directory once, whole, and nothing half written beside it.
     for network in (folder / "train/network", folder / "wpac"):
