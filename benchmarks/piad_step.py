@@ -52,6 +52,9 @@ def random_repairs(spec: ViTSpec) -> compensation.Compensation:
     )
 
 
+KINDS = ("masked", "masked repaired", "sizes", "sizes repaired")
+
+
 class Kind(NamedTuple):
     """One kind of training.
 
@@ -86,9 +89,9 @@ def kinds_of(spec: ViTSpec, shares: tuple[float, ...]) -> dict[str, Kind]:
     return {
         "dense": Kind((), dense, None),
         "masked": Kind((), masked, None),
-        "masked, repaired": Kind((), masked, repairs),
-        "compiled sizes": Kind(shares, within, None),
-        "compiled sizes, repaired": Kind(shares, within, repairs),
+        "masked repaired": Kind((), masked, repairs),
+        "sizes": Kind(shares, within, None),
+        "sizes repaired": Kind(shares, within, repairs),
     }
 
 
@@ -145,6 +148,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--shares", default="0.75,0.5,0.3", help="compiled sizes")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="compared with dense")
     parser.add_argument("--list", help="super-network whose levels are drawn")
     parser.add_argument("--out", help="directory for piad_step.json and piad_step.md")
     args = parser.parse_args()
@@ -160,10 +164,9 @@ def main() -> None:
     if args.list:
         levels = checkpoint.load_supernet(args.list).dropout_list
     smallest = macs.macs(spec, levels.widths(int(levels.levels), spec))
-    runs = {
-        name: Run(spec, kind, levels, batch)
-        for name, kind in kinds_of(spec, shares).items()
-    }
+    kinds = kinds_of(spec, shares)
+    names = ["dense", *args.kinds.split(",")]
+    runs = {name: Run(spec, kinds[name], levels, batch) for name in names}
     programs = {
         f"{name} {i}": program
         for name, run in runs.items()

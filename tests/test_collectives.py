@@ -104,10 +104,10 @@ def test_tensor_parallelism_sums_activations_after_and_before_each_branch():
     stream = [c for c in found if c.bytes >= activations(BATCH)]
     forward = [c for c in stream if "transpose" not in c.source]
     assert [c.bytes for c in forward] == [activations(BATCH)] * 2 * SPEC.depth
-    # Backward, the gradients of what queries, keys and values read are sent as three
-    # arrays in one operation: this compiler does not add them before.
-    backward = sorted(c.bytes // activations(BATCH) for c in stream if c not in forward)
-    assert backward == [1] * SPEC.depth + [3] * SPEC.depth
+    # Queries, keys and values are one product, and so is the gradient of what they read.
+    # A small gradient may share an operation with it.
+    backward = [c.bytes // activations(BATCH) for c in stream if c not in forward]
+    assert backward == [1] * 2 * SPEC.depth
 
 
 @pytest.mark.parametrize("shape", [{"data": 4, "model": 2}, {"data": 2, "fsdp": 4}])

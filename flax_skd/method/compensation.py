@@ -267,8 +267,6 @@ def _refit_on_host(repair: Repair, kernel: Array, bias: Array, width: int):
 
     Lc[:m, :m]^T X = Lc[m:, :m]^T W[m:]; W(m) = W[:m] + X.
     """
-    from scipy.linalg import solve_triangular  # jax needs scipy too
-
     mean, factor, kernel, bias = (
         None if x is None else np.asarray(x, np.float32)
         for x in (*repair, kernel, bias)
@@ -276,11 +274,22 @@ def _refit_on_host(repair: Repair, kernel: Array, bias: Array, width: int):
     new = kernel.copy()
     new[width:] = 0
     if factor is not None and 0 < width < len(kernel):
-        seen = factor[width:, :width].T @ kernel[width:]
-        new[:width] += solve_triangular(
-            factor[:width, :width], seen, trans=1, lower=True, check_finite=False
-        )
+        new[:width] += _predicted(factor, kernel, width)
     return new, bias + mean @ (kernel - new)
+
+
+def _predicted(factor: np.ndarray, kernel: np.ndarray, width: int) -> np.ndarray:
+    """X above, multiplied in the cheaper of two orders."""
+    from scipy.linalg.blas import strsm  # jax needs scipy too
+
+    seen, cut = factor[width:, :width].T, kernel[width:]
+    few = len(cut) < cut.shape[1]
+    right = seen if few else seen @ cut
+    # What numpy holds by rows BLAS reads as its transpose, without a copy: so the
+    # transposed equation is solved, X^T Lc[:m, :m] = right^T.
+    factor = factor[:width, :width].T
+    solved = strsm(1.0, factor, right.T, side=1, lower=0, trans_a=1).T
+    return solved @ cut if few else solved
 
 
 def _add_to_stream(params: Params, spec: ViTSpec, shift: Array) -> Params:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_skd.method.attention import einsum_attention
-from flax_skd.method.layers import Array, Linear, layer_norm, times
+from flax_skd.method.layers import Array, LayerNorm, Linear, gelu, times, together
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 
 Params = dict[str, Any]
@@ -59,7 +59,8 @@ class Block(nn.Module):
         ):
             if not (self.qk_dim if number == 1 else self.mlp_dim):
                 continue
-            y = branch(layer_norm(f"norm{number}", x, self.spec.norm_eps), masks, tap)
+            norm = LayerNorm(self.spec.norm_eps, name=f"norm{number}")
+            y = branch(norm(x), masks, tap)
             if self.spec.layer_scale:
                 scale = self.param(
                     f"layer_scale{number}", nn.initializers.ones, (self.spec.width,)
@@ -90,16 +91,14 @@ class _Heads(nn.Module):
     def __call__(self, x: Array, masks: BlockMasks, tap) -> Array:
         spec = self.spec
 
-        def project(name, width):
+        def linear(name, width):
             shape = (spec.width, spec.num_heads, width)
-            linear = Linear(
-                "bnd,dhe->bhne", shape, spec.qkv_bias, self.dtype, name=name
-            )
-            return tap(name, linear(x))
+            return Linear("bnd,dhe->bhne", shape, spec.qkv_bias, self.dtype, name=name)
 
-        q = times(project("query", self.qk_dim), masks.qk)
-        k = project("key", self.qk_dim)
-        v = project("value", self.vo_dim)
+        widths = {"query": self.qk_dim, "key": self.qk_dim, "value": self.vo_dim}
+        made = together([linear(*item) for item in widths.items()], x)
+        q, k, v = (tap(name, y) for name, y in zip(widths, made))
+        q = times(q, masks.qk)
         # The scale is the full head's: a cut head is a part of it, not another head.
         z = tap("mixed", self.attention(q, k, v, spec.head_dim**-0.5))
         z = times(z, masks.vo)  # what is cut of values is cut of what attention mixes
@@ -116,8 +115,7 @@ class _MLP(nn.Module):
     def __call__(self, x: Array, masks: BlockMasks, tap) -> Array:
         width = self.spec.width
         fc1 = Linear("bnd,dm->bnm", (width, self.mlp_dim), dtype=self.dtype, name="fc1")
-        hidden = nn.gelu(fc1(x), approximate=self.spec.gelu == "tanh")
-        hidden = times(tap("hidden", hidden), masks.mlp)
+        hidden = times(tap("hidden", gelu(fc1(x), self.spec.gelu)), masks.mlp)
         fc2 = Linear("bnm,md->bnd", (self.mlp_dim, width), dtype=self.dtype, name="fc2")
         return fc2(hidden)
 
@@ -211,11 +209,9 @@ class ViT(nn.Module):
         x = jnp.concatenate([*prefix, x], axis=1)
         if spec.pos_embed_prefix:
             x = x + position
-        return (
-            layer_norm("pre_norm", x, spec.norm_eps).astype(self.dtype)
-            if spec.pre_norm
-            else x
-        )
+        if spec.pre_norm:
+            x = LayerNorm(spec.norm_eps, name="pre_norm")(x).astype(self.dtype)
+        return x
 
     def _prefix(self, batch: int) -> list[Array]:
         spec = self.spec
@@ -236,13 +232,14 @@ class ViT(nn.Module):
     def _head(self, x: Array, taps: Taps) -> Array:
         spec = self.spec
         if not spec.fc_norm:
-            x = layer_norm("norm", x, spec.norm_eps)
+            x = LayerNorm(spec.norm_eps, name="norm")(x)
         if spec.pool == "avg":
             pooled = [x[:, spec.num_prefix :].mean(1)]
         else:
             pooled = [x[:, i] for i in range(1 + spec.distilled)]
         if spec.fc_norm:
-            pooled = [layer_norm("fc_norm", p, spec.norm_eps) for p in pooled]
+            norm = LayerNorm(spec.norm_eps, name="fc_norm")
+            pooled = [norm(p) for p in pooled]
         if spec.pre_logits:
             shape = (spec.width, spec.pre_logits)
             pooled[0] = jnp.tanh(
