@@ -44,6 +44,7 @@ def orthogonal(qk: Array, vo: Array) -> Axes:
     return qk, qk, vo, vo.swapaxes(1, 2)
 
 
+@jax.jit
 def principal_axes(covariance: Array) -> Array:
     """Eigenvectors of symmetric matrices, eigenvalues falling.
 
@@ -245,6 +246,7 @@ def inject(params: Params, changes: tuple[Basis, ...]) -> Params:
     return new
 
 
+@jax.jit  # blocks are alike: one compilation serves all of them
 def _inject_block(block: Params, basis: Basis) -> Params:
     def rotate(linear, rotation):
         turned = {"kernel": _einsum("dhe,hef->dhf", linear["kernel"], rotation)}
@@ -296,4 +298,4 @@ def contract(
     changes = bases(
         params, spec, statistics, criterion=criterion, units=units, seed=seed
     )
-    return jax.jit(inject)(params, changes)
+    return inject(params, changes)
