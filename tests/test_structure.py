@@ -26,7 +26,7 @@ FLOORS = {
         [
             *("method.attention", "method.layers", "method.vit", "method.macs"),
             *("method.subnet", "method.losses", "method.costs", "method.moments"),
-            "method.partial_sums",
+            *("method.partial_sums", "method.refit"),
         ],
         1,
     ),

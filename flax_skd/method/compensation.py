@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_skd.method import moments
+from flax_skd.method import moments, refit
 from flax_skd.method.moments import Moment
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import Array, Params
 
-_HIGHEST = jax.lax.Precision.HIGHEST
 _LAST = {"attn": "out", "mlp": "fc2"}  # the linear map whose rows are cut
 
 
@@ -160,10 +159,10 @@ def repaired(
     _check_depths(spec, compensation, kept)
     if _known(params, compensation, kept):
         params, compensation = jax.device_get((params, compensation))
-        make = _Make(np, _refit_on_host)
+        make = _Make(np, refit.on_host)
     else:
         kept = {kind: jnp.asarray(w, jnp.int32) for kind, w in kept.items()}
-        make = _Make(jnp, _refit)
+        make = _Make(jnp, refit.traced)
     new = dict(params)
     carry = (make.of.zeros(spec.width, np.float32), make.of.array(False))
     for i in reversed(range(spec.depth)):
@@ -246,50 +245,6 @@ def _unrows(rows: Array, like: Array) -> Array:
         heads, dim, width = like.shape
         rows = rows.reshape(dim, heads, width).swapaxes(0, 1)
     return rows.astype(like.dtype)
-
-
-def _refit(repair: Repair, kernel: Array, bias: Array, width: Array):
-    """(W(m), b(m)) in float32, m = `width` rows kept."""
-    mean, factor = jax.lax.stop_gradient(repair)
-    kept = (jnp.arange(len(kernel)) < width).astype(jnp.float32)[:, None]
-    new = kept * kernel
-    if factor is not None:
-        factor = factor.astype(jnp.float32)
-        seen = kept * jnp.matmul(factor.T, kernel - new, precision=_HIGHEST)
-        solved = jax.scipy.linalg.solve_triangular(factor, seen, trans=1, lower=True)
-        new = new + kept * solved
-    lost = jnp.matmul(mean.astype(jnp.float32), kernel - new, precision=_HIGHEST)
-    return new, bias.astype(jnp.float32) + lost
-
-
-def _refit_on_host(repair: Repair, kernel: Array, bias: Array, width: int):
-    """As `_refit`, from the rows and columns that a known cut leaves.
-
-    Lc[:m, :m]^T X = Lc[m:, :m]^T W[m:]; W(m) = W[:m] + X.
-    """
-    mean, factor, kernel, bias = (
-        None if x is None else np.asarray(x, np.float32)
-        for x in (*repair, kernel, bias)
-    )
-    new = kernel.copy()
-    new[width:] = 0
-    if factor is not None and 0 < width < len(kernel):
-        new[:width] += _predicted(factor, kernel, width)
-    return new, bias + mean @ (kernel - new)
-
-
-def _predicted(factor: np.ndarray, kernel: np.ndarray, width: int) -> np.ndarray:
-    """X above, multiplied in the cheaper of two orders."""
-    from scipy.linalg.blas import strsm  # jax needs scipy too
-
-    seen, cut = factor[width:, :width].T, kernel[width:]
-    few = len(cut) < cut.shape[1]
-    right = seen if few else seen @ cut
-    # What numpy holds by rows BLAS reads as its transpose, without a copy: so the
-    # transposed equation is solved, X^T Lc[:m, :m] = right^T.
-    factor = factor[:width, :width].T
-    solved = strsm(1.0, factor, right.T, side=1, lower=0, trans_a=1).T
-    return solved @ cut if few else solved
 
 
 def _add_to_stream(params: Params, spec: ViTSpec, shift: Array) -> Params:

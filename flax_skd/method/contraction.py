@@ -295,7 +295,5 @@ def contract(
 
     Args and errors: as in `bases`.
     """
-    changes = bases(
-        params, spec, statistics, criterion=criterion, units=units, seed=seed
-    )
-    return inject(params, changes)
+    options = {"criterion": criterion, "units": units, "seed": seed}
+    return inject(params, bases(params, spec, statistics, **options))
