@@ -6,12 +6,12 @@ Random weights and images serve. Three measures: `forward`; `gradient`, forward 
 backward; `step`, the whole update (normalisation of uint8 pixels, AdamW with decay of
 kernels alone, and with --ema a moving average, on both sides). In each, every program
 takes turns with ours in one process. `plain` has the layout of heads that is fastest on
-a CPU, `textbook` is `nn.MultiHeadDotProductAttention`. `--memory=kept` asks the C library
-to keep memory that is freed: elsewhere a step on a CPU pays for every page it touches.
+a CPU, `textbook` is `nn.MultiHeadDotProductAttention`. On a CPU with glibc a step pays for
+every page it touches, unless freed memory is kept:
+`MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1` before the command.
 """
 
 import argparse
-import ctypes
 import functools
 import json
 import os
@@ -70,13 +70,6 @@ def ours(spec: ViTSpec, batch: Any, args: argparse.Namespace) -> dict[str, Calla
     }
 
 
-def keep_freed_memory() -> None:
-    """Tells glibc to hand freed memory out again, not back to the kernel."""
-    for option, value in ((-8, 1), (-4, 0), (-1, -1)):  # arenas, mmap, trimming
-        if not ctypes.CDLL(None).mallopt(option, value):
-            raise OSError(f"mallopt({option}, {value}) was refused: not glibc?")
-
-
 def measure(args: argparse.Namespace) -> dict[str, dict[str, dict]]:
     """Measure -> row -> times."""
     spec = ViTSpec.named(args.variant, image_size=args.image_size)
@@ -128,7 +121,7 @@ def markdown(found: dict[str, dict[str, dict]], args: argparse.Namespace) -> str
     lines.append(
         f"\n{args.variant} at {args.image_size}, {args.dtype}, batch {args.batch_size}, "
         f"{average} a moving average, attention {args.attention}, freed memory "
-        f"{args.memory}, {args.rounds} rounds; {time_budget.device_name()}, "
+        f"{timing.freed_memory()}, {args.rounds} rounds; {time_budget.device_name()}, "
         f"{os.cpu_count()} cores, jax {jax.__version__}."
     )
     return "\n".join(lines)
@@ -149,12 +142,9 @@ def main() -> None:
     add("--measures", default=",".join(MEASURES))
     add("--ema", action="store_true", help="a moving average, on both sides")
     add("--torch", action="store_true", help="PyTorch too, which must be installed")
-    add("--memory", default="returned", choices=("returned", "kept"))
     add("--peak_tflops", type=float, default=0.0, help="of a device not in the table")
     add("--out", help="directory for dense_step.json and dense_step.md")
     args = parser.parse_args()
-    if args.memory == "kept":
-        keep_freed_memory()
     found = measure(args)
     text = markdown(found, args)
     print(text)
@@ -163,6 +153,7 @@ def main() -> None:
         stem.parent.mkdir(parents=True, exist_ok=True)
         flags = {k: v for k, v in vars(args).items() if k != "out"}
         facts = {"rows": found, "cores": os.cpu_count(), "flags": flags}
+        facts["freed_memory"] = timing.freed_memory()
         stem.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
         stem.with_suffix(".md").write_text(text + "\n")
 
