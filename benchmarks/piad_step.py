@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import pathlib
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -52,16 +53,6 @@ def random_repairs(spec: ViTSpec) -> compensation.Compensation:
 
 
 KINDS = ("masked", "masked repaired", "sizes", "sizes repaired")
-
-
-# Seconds of each module, as JAX reports them. The time of a first call would do but
-# for the pages it touches first.
-COMPILED: list[float] = []
-
-
-def _note_compilation(event: str, seconds: float, **_) -> None:
-    if event.endswith(("to_mlir_module_duration", "backend_compile_duration")):
-        COMPILED.append(seconds)
 
 
 class Kind(NamedTuple):
@@ -109,7 +100,7 @@ class Run:
 
     Attributes:
       programs: [(share of the levels, step without arguments)].
-      compiling: seconds that JAX says it lowered and compiled in the first calls.
+      compiling: seconds of the first calls less those of a later one.
     """
 
     def __init__(self, spec: ViTSpec, kind: Kind, levels: piad.DropoutList, batch):
@@ -130,18 +121,25 @@ class Run:
             ema_decay=0.999,
         )
         firsts = [*buckets.starts(levels, spec, kind.shares), int(levels.levels) + 1]
-        self.programs, already = [], sum(COMPILED)
+        self.programs, self.compiling = [], 0.0
         for first, after in itertools.pairwise(firsts):
-            step = step_of(kind.loss_of(levels.widths(first, spec)))
+            widths = buckets.coarse(levels.widths(first, spec), spec)
+            step = step_of(kind.loss_of(widths))
             run = functools.partial(self._step, step, np.int32(after - 1))
             self.programs.append(((after - first) / firsts[-1], run))
-            jax.block_until_ready(run())
-        self.compiling = sum(COMPILED) - already
+            first_call, *later = (_seconds(run) for _ in range(4))
+            self.compiling += first_call - float(np.median(later))
 
     def _step(self, step, level):
         extra = self._state.extra._replace(level=level)
         self._state, metrics = step(self._state._replace(extra=extra), self._batch)
         return self._state.params, metrics
+
+
+def _seconds(run) -> float:
+    before = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - before
 
 
 def main() -> None:
@@ -156,7 +154,6 @@ def main() -> None:
     parser.add_argument("--list", help="super-network whose levels are drawn")
     parser.add_argument("--out", help="directory for piad_step.json and piad_step.md")
     args = parser.parse_args()
-    jax.monitoring.register_event_duration_secs_listener(_note_compilation)
     spec = ViTSpec.named(args.variant, image_size=args.image_size)
     shares = tuple(map(float, args.shares.split(",")))
     rng = np.random.default_rng(0)

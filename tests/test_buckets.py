@@ -48,7 +48,7 @@ def repairs():
 )
 def test_gradients_are_those_of_the_masked_step(start, level, repaired):
     levels = jax.tree.map(jnp.asarray, levels_of())
-    within = levels_of().widths(start, SPEC)
+    within = buckets.coarse(levels_of().widths(start, SPEC), SPEC)
     extra = objective.Elastic(levels, repairs() if repaired else None, jnp.int32(level))
     params = shake(vit.init(SPEC, jax.random.key(0)))
     state = train.TrainState(0, params, None, None, None, extra)
@@ -90,6 +90,18 @@ def test_buckets_begin_at_the_first_level_within_a_share_and_stay_as_a_list_grow
     assert len(known) == 3
 
 
+def test_compiled_widths_hold_those_of_the_level_in_quarters_and_eighths():
+    spec = SPEC.replace(depth=4)
+    widths = SubnetSpec((8, 5, 1, 0), (8, 3, 2, 0), (32, 29, 1, 0))
+    found = buckets.coarse(widths, spec)
+    assert found == SubnetSpec((8, 6, 2, 0), (8, 4, 2, 0), (32, 32, 4, 0))
+    assert buckets.coarse(found, spec) == found
+    odd = spec.replace(head_dim=3, mlp_dim=7)  # nothing to round to
+    assert buckets.coarse(
+        SubnetSpec((3, 2, 1, 0), (3, 1, 1, 0), (7, 5, 1, 0)), odd
+    ) == (SubnetSpec((3, 2, 1, 0), (3, 1, 1, 0), (7, 5, 1, 0)))
+
+
 def test_every_level_is_drawn_as_often_as_any_other():
     taken = buckets.Buckets(SPEC, lambda widths: widths, shares=SHARES, seed=0)
     extra = taken.renew(objective.Elastic(levels_of()))
@@ -98,7 +110,7 @@ def test_every_level_is_drawn_as_often_as_any_other():
     for step in range(6000):
         drawn, widths = taken.before_step(step, extra)
         first = max(s for s in found if s <= drawn.level)
-        assert widths == levels_of().widths(first, SPEC)
+        assert widths == buckets.coarse(levels_of().widths(first, SPEC), SPEC)
         counts[int(drawn.level)] += 1
     assert set(counts) == set(range(6))
     # 1,000 each, within four standard errors.

@@ -2,9 +2,9 @@
 
 The masked step computes the whole network at every level. Here the host draws the level.
 Parameters are cut for it by one program (`objective.cut_params`), and their gradient is
-taken by another, compiled for the widths of the largest level of a bucket of them. A list
-only grows at its end, so a bucket, once it is there, keeps its widths: as many
-compilations as buckets, however long the run.
+taken by another, compiled for the widths of the largest level of a bucket of them, a
+little rounded up (`coarse`). A list only grows at its end, so a bucket, once it is there,
+keeps its widths: as many compilations as buckets, however long the run.
 """
 
 import functools
@@ -72,12 +72,28 @@ class Buckets:
         levels = int(self._list.levels)
         level = np.random.default_rng((self._seed, step)).integers(levels + 1)
         first = max(start for start in self._starts if start <= level)
-        widths = self._list.widths(first, self._spec)
+        widths = coarse(self._list.widths(first, self._spec), self._spec)
         return extra._replace(level=np.int32(level)), self._loss_of(widths)
 
     def before_loss(self, params: Params, extra: Elastic) -> Params:
         """What the losses are given; pure, and compiled once for all of them."""
         return objective.cut_params(params, extra, self._spec)
+
+
+def coarse(widths: SubnetSpec, spec: ViTSpec) -> SubnetSpec:
+    """Widths rounded up to quarters of a head and eighths of the hidden units.
+
+    Blocks of equal widths share what is compiled for them: of ViT-Ti's five sizes a fifth
+    of the compilation goes, and a step takes as long as before.
+    """
+
+    def up(width, size, parts):
+        step = max(1, size // parts)
+        return min(size, -(-width // step) * step)
+
+    heads = ([up(w, spec.head_dim, 4) for w in field] for field in widths[:2])
+    units = [up(w, spec.mlp_dim, 8) for w in widths.mlp_dim]
+    return SubnetSpec(*heads, units).check(spec)
 
 
 def starts(

@@ -148,9 +148,9 @@ def compiled(
     Args:
       mesh: of devices.
       place: shardings of the state, a tree like it.
-      several: whether losses change during a run. Then what they share, `before_loss`
-        and the update, are programs of their own, each compiled once: of ViT-Ti the
-        update is a third of a step's compilation. Otherwise a step is one program.
+      several: whether losses change during a run. Then what they share, `before_loss`,
+        the way back through it and the update, are programs of their own, each compiled
+        once: of ViT-Ti the update is a third of a step's compilation. Otherwise a step is one program.
       optimizer, ema_decay, accumulate, after_update: see `train_step`.
       before_loss: with `several`, what every loss is given instead of the parameters.
 
@@ -164,19 +164,9 @@ def compiled(
         "ema_decay": ema_decay,
         "after_update": after_update,
     }
-    before_loss = before_loss or (lambda params, extra: params)
-    given = jax.jit(
-        before_loss,
-        in_shardings=(place.params, place.extra),
-        out_shardings=place.params,
-    )
-
-    def through(state, batch, metrics, grads):
-        _, back = jax.vjp(lambda p: before_loss(p, state.extra), state.params)
-        return apply(state, batch, metrics, *back(grads), **rule)
-
+    given, back = _there_and_back(before_loss, place)
     update = jax.jit(
-        through,
+        functools.partial(apply, **rule),
         in_shardings=(place, batches, whole, place.params),
         out_shardings=(place, whole),
         donate_argnums=0,
@@ -200,8 +190,33 @@ def compiled(
 
         def step(state, batch):
             cut = state._replace(params=given(state.params, state.extra))
-            return update(state, batch, *differentiated(cut, batch))
+            metrics, grads = differentiated(cut, batch)
+            return update(state, batch, metrics, back(state.params, state.extra, grads))
 
         return step
 
     return step_of
+
+
+def _there_and_back(before_loss: BeforeLoss | None, place: TrainState):
+    """`before_loss`, and the gradient through it, each compiled.
+
+    Apart from the update: in one program with it, what `before_loss` multiplies by
+    would be computed, and compiled, again for every moment of the optimizer.
+    """
+    if before_loss is None:
+        return (lambda params, extra: params), (lambda params, extra, grads: grads)
+
+    def back(params, extra, grads):
+        return jax.vjp(lambda p: before_loss(p, extra), params)[1](grads)[0]
+
+    inputs = place.params, place.extra
+    return (
+        jax.jit(before_loss, in_shardings=inputs, out_shardings=place.params),
+        jax.jit(
+            back,
+            in_shardings=(*inputs, place.params),
+            out_shardings=place.params,
+            donate_argnums=2,
+        ),
+    )
