@@ -10,7 +10,15 @@ import pytest
 import reference
 from conftest import shake
 
-from flax_skd.method import compensation, contraction, moments, packing, subnet, vit
+from flax_skd.method import (
+    compensation,
+    contraction,
+    moments,
+    packing,
+    refit,
+    subnet,
+    vit,
+)
 from flax_skd.method.compensation import MODES, repaired
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
@@ -335,6 +343,26 @@ def test_traced_widths_are_static_widths(cut):
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, atol=1e-5), traced, static
     )
+
+
+def test_both_orders_of_multiplying_equal_the_formula():
+    """Fewer rows are cut than the map has columns, and more."""
+    rng = np.random.default_rng(0)
+    factor = np.tril(rng.normal(size=(12, 12))) + 4 * np.eye(12)
+    kernel = rng.normal(size=(12, 4))
+    for width in (9, 3):
+        seen = factor[width:, :width].T @ kernel[width:]
+        want = kernel[:width] + np.linalg.solve(factor[:width, :width].T, seen)
+        found, _ = refit.on_host((np.zeros(12), factor), kernel, np.zeros(4), width)
+        np.testing.assert_allclose(found[:width], want, rtol=1e-5, atol=1e-5)
+        assert not found[width:].any()
+
+
+def test_a_factor_with_a_zero_on_its_diagonal_is_named():
+    factor = np.eye(8, dtype=np.float32)
+    factor[2, 2] = 0
+    with pytest.raises(ValueError, match="zero on its diagonal.*contract"):
+        refit.on_host((np.zeros(8), factor), np.ones((8, 3)), np.zeros(3), 5)
 
 
 def test_no_gradient_flows_into_means_and_factors():

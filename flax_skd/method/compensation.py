@@ -151,7 +151,8 @@ def repaired(
       widths in ints and parameters: then nothing is compiled for them.
 
     Raises:
-      ValueError: if widths or compensation do not have one entry a block.
+      ValueError: if widths or compensation do not have one entry a block, or, where all
+        is known, a factor has a zero on its diagonal.
     """
     if compensation is None:
         return params

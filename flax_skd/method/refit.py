@@ -38,6 +38,9 @@ def on_host(repair: Repair, kernel: Array, bias: Array, width: int):
     """As `traced`, in numpy, from the rows and columns that a known cut leaves.
 
     Lc[:m, :m]^T X = Lc[m:, :m]^T W[m:]; W(m) = W[:m] + X.
+
+    Raises:
+      ValueError: if the factor has a zero on its diagonal.
     """
     mean, factor, kernel, bias = (
         None if x is None else np.asarray(x, np.float32)
@@ -60,5 +63,10 @@ def _predicted(factor: np.ndarray, kernel: np.ndarray, width: int) -> np.ndarray
     # What numpy holds by rows BLAS reads as its transpose. The transposed equation is
     # solved, X^T Lc[:m, :m] = right^T, so that nothing has to be turned around.
     factor = factor[:width, :width].T
+    if not factor.diagonal().all():  # BLAS would divide by it and say nothing
+        raise ValueError(
+            "a repair's factor has a zero on its diagonal, so it is no Cholesky factor: "
+            "the super-network is damaged; contract the network again."
+        )
     solved = strsm(1.0, factor, right.T, side=1, lower=0, trans_a=1).T
     return solved @ cut if few else solved
