@@ -1,6 +1,7 @@
 """PIAD in compiled sizes: the same gradients, the same levels, few compilations."""
 
 import collections
+import re
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +101,22 @@ def test_compiled_widths_hold_those_of_the_level_in_quarters_and_eighths():
     assert buckets.coarse(
         SubnetSpec((3, 2, 1, 0), (3, 1, 1, 0), (7, 5, 1, 0)), odd
     ) == (SubnetSpec((3, 2, 1, 0), (3, 1, 1, 0), (7, 5, 1, 0)))
+
+
+def computations(depth):
+    """Distinct computations with a product in the compiled cut of a network's blocks."""
+    spec = SPEC.replace(depth=depth)
+    params = vit.init(spec, jax.random.key(0))
+    extra = objective.Elastic(piad.uniform(spec, steps=4), None, jnp.int32(1))
+    cut = jax.jit(objective.cut_params, static_argnums=2).lower(params, extra, spec)
+    hlo = re.sub(r", metadata={[^}]*}", "", cut.compile().as_text())
+    bodies = [body for body in hlo.split("\n\n") if "ENTRY" not in body]
+    return {re.sub(r"[.\d]* |\.\d+", " ", b) for b in bodies if " multiply(" in b}
+
+
+def test_more_blocks_are_not_more_to_compile():
+    few, many = computations(2), computations(8)
+    assert 1 <= len(many) == len(few)
 
 
 def test_every_level_is_drawn_as_often_as_any_other():

@@ -38,15 +38,28 @@ class Elastic(NamedTuple):
 
 def cut(params: Params, spec: ViTSpec, widths: SubnetSpec, extra: Elastic):
     """(params, masks) under which the full model is the sub-network of `widths`."""
+    widths = _apart(widths)
     params = compensation.repaired(params, spec, extra.compensation, widths)
     return params, subnet.masks(spec, widths)
 
 
 def cut_params(params: Params, extra: Elastic, spec: ViTSpec) -> Params:
     """Parameters with which the full model is the sub-network of `extra.level`."""
-    widths = extra.dropout_list.row(extra.level)
+    widths = _apart(extra.dropout_list.row(extra.level))
     params = compensation.repaired(params, spec, extra.compensation, widths)
     return subnet.masked(params, spec, widths)
+
+
+def _apart(widths: SubnetSpec) -> SubnetSpec:
+    """The same widths [..., L], those of each block out of an array of their own.
+
+    What is computed from them is then the same in every block, and compiled once. Left
+    to itself a compiler draws the index of the block into each of these computations.
+    """
+    blocks = range(widths.mlp_dim.shape[-1])
+    rows = [jnp.stack([field[..., i] for field in widths]) for i in blocks]
+    rows = jax.lax.optimization_barrier(rows)
+    return SubnetSpec(*(jnp.stack(field, -1) for field in zip(*rows)))
 
 
 def drop_path_masks(
