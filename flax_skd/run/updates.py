@@ -150,7 +150,8 @@ def compiled(
       place: shardings of the state, a tree like it.
       several: whether losses change during a run. Then what they share, `before_loss`,
         the way back through it and the update, are programs of their own, each compiled
-        once: of ViT-Ti the update is a third of a step's compilation. Otherwise a step is one program.
+        once: of ViT-Ti the update is a third of a step's compilation. Otherwise a step
+        is one program.
       optimizer, ema_decay, accumulate, after_update: see `train_step`.
       before_loss: with `several`, what every loss is given instead of the parameters.
 
