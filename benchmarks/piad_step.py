@@ -113,7 +113,14 @@ class Run:
       compiling: seconds of tracing, lowering and compiling these, as JAX reports them.
     """
 
-    def __init__(self, spec: ViTSpec, kind: Kind, levels: piad.DropoutList, batch):
+    def __init__(
+        self,
+        spec: ViTSpec,
+        kind: Kind,
+        levels: piad.DropoutList,
+        batch,
+        accumulate: int = 1,
+    ):
         optimizer = train.make_optimizer(1e-4)
         extra = objective.Elastic(levels, kind.repairs, np.int32(0))
         params, rng = vit.init(spec, jax.random.key(0)), jax.random.key(1)
@@ -129,6 +136,7 @@ class Run:
             before_loss=cut if kind.shares else None,
             optimizer=optimizer,
             ema_decay=0.999,
+            accumulate=accumulate,
         )
         firsts = [*buckets.starts(levels, spec, kind.shares), int(levels.levels) + 1]
         self.programs = []
@@ -166,6 +174,7 @@ def main() -> None:
     parser.add_argument("--variant", default="Ti/16", help="such as S/16")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--accumulate", type=int, default=1, help="microbatches")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--compile_rounds", type=int, default=3)
     parser.add_argument("--shares", default="0.75,0.5,0.3", help="compiled sizes")
@@ -188,11 +197,16 @@ def main() -> None:
     smallest = macs.macs(spec, levels.widths(int(levels.levels), spec))
     kinds = kinds_of(spec, shares)
     names = ["dense", *args.kinds.split(",")]
-    few = {name: array[:8] for name, array in batch.items()}  # compile as long as many
+
+    def run_of(name, images):
+        cut = {field: array[:images] for field, array in batch.items()}
+        return Run(spec, kinds[name], levels, cut, args.accumulate)
+
+    few = 8 * args.accumulate  # compile as long as many
     compiling = compile_times(
-        lambda name: Run(spec, kinds[name], levels, few), names, args.compile_rounds
+        lambda name: run_of(name, few), names, args.compile_rounds
     )
-    runs = {name: Run(spec, kinds[name], levels, batch) for name in names}
+    runs = {name: run_of(name, args.batch_size) for name in names}
     programs = {
         f"{name} {i}": program
         for name, run in runs.items()

@@ -7,7 +7,7 @@ import pytest
 import reference
 from conftest import shake
 
-from flax_skd.method import attention, macs, subnet, vit
+from flax_skd.method import attention, layers, macs, subnet, vit
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
 
@@ -84,6 +84,41 @@ def test_attention_functions_agree_at_unequal_widths():
             attention.einsum_attention(*args, 0.3),
             atol=1e-5,
         )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.03)]
+)
+@pytest.mark.parametrize("widths", [(4, 6), (9, 5), (5, 9), (11, 8)])
+def test_gradients_of_attention_are_those_of_its_formula(widths, dtype, tolerance):
+    """At widths below and above the number of tokens, whose products differ."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(2, 3, 7, w) for w in (widths[0], *widths, widths[1])]
+    *args, cotangent = (jax.random.normal(a, s) for a, s in zip(keys, shapes))
+
+    def formula(q, k, v):
+        weights = jax.nn.softmax(0.3 * (q @ k.swapaxes(2, 3)))
+        return weights @ v
+
+    def attend(*args):
+        args = (x.astype(dtype) for x in args)
+        return attention.einsum_attention(*args, 0.3).astype(jnp.float32)
+
+    want = jax.vjp(formula, *args)[1](cotangent)
+    have = jax.vjp(attend, *args)[1](cotangent)
+    for a, b in zip(have, want, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, atol=tolerance * float(jnp.abs(b).max()))
+
+
+def test_repeated_is_a_broadcast_whose_gradient_is_the_sum():
+    x, weights = (
+        jax.random.normal(jax.random.key(i), s)
+        for i, s in enumerate([(3, 4), (5, 3, 4)])
+    )
+    have, back = jax.vjp(lambda x: layers.repeated(x, 5), x)
+    np.testing.assert_array_equal(have, jnp.broadcast_to(x, (5, 3, 4)))
+    np.testing.assert_allclose(back(weights)[0], weights.sum(0), rtol=1e-5, atol=1e-6)
 
 
 def test_attention_survives_scores_that_overflow_exp():

@@ -18,18 +18,57 @@ def einsum_attention(q: Array, k: Array, v: Array, scale: float) -> Array:
       [B, H, N, vo_dim]. The division by the softmax sum comes after the product with
       v: it then touches N d numbers instead of N^2.
     """
-    scores = jnp.einsum(
-        "bhqd,bhkd->bhqk", q * scale, k, preferred_element_type=jnp.float32
-    )
+    scores = _scores(q * scale, k)
     top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     weights = jnp.exp(scores - top)
-    mixed = jnp.einsum(
-        "bhqk,bhkd->bhqd",
-        weights.astype(v.dtype),
-        v,
-        preferred_element_type=jnp.float32,
-    )
+    mixed = _mixed(weights.astype(v.dtype), v)
     return (mixed / weights.sum(-1, keepdims=True)).astype(v.dtype)
+
+
+# The derivatives of the two products are products of the same kind, and `_over_queries`.
+
+
+@jax.custom_vjp
+def _scores(q: Array, k: Array) -> Array:
+    """q k^T of every head, float32."""
+    return jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _mixed(weights: Array, v: Array) -> Array:
+    """weights v of every head, float32."""
+    return jnp.einsum("bhqk,bhkd->bhqd", weights, v, preferred_element_type=jnp.float32)
+
+
+def _over_queries(weights: Array, x: Array) -> Array:
+    """weights^T x of every head, [B, H, N, d], float32.
+
+    A product over the rows of its larger factor is fast on a CPU if the longer axis of
+    what it makes comes last: with heads of 16 dims and 197 tokens 2.5 times faster.
+    Left to itself the gradient of keys has the head dims last, that of values first.
+    """
+    if x.shape[-1] > weights.shape[-1]:
+        equation = "bhqk,bhqd->bhkd"
+        return jnp.einsum(equation, weights, x, preferred_element_type=jnp.float32)
+    equation = "bhqd,bhqk->bhdk"
+    y = jnp.einsum(equation, x, weights, preferred_element_type=jnp.float32)
+    return y.swapaxes(2, 3)
+
+
+def _scores_backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    q, k = kept
+    g = g.astype(q.dtype)
+    return _mixed(g, k).astype(q.dtype), _over_queries(g, q).astype(k.dtype)
+
+
+def _mixed_backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    weights, v = kept
+    g = g.astype(v.dtype)
+    return _scores(g, v).astype(v.dtype), _over_queries(weights, g).astype(v.dtype)
+
+
+_scores.defvjp(lambda q, k: (_scores(q, k), (q, k)), _scores_backward)
+_mixed.defvjp(lambda weights, v: (_mixed(weights, v), (weights, v)), _mixed_backward)
 
 
 def dot_product_attention(q: Array, k: Array, v: Array, scale: float) -> Array:

@@ -181,3 +181,13 @@ def times(x: Array, mask: Array | None) -> Array:
     rows = mask.shape[:-1] or (1,)
     shape = rows + (1,) * (x.ndim - 2) + mask.shape[-1:]
     return x * mask.reshape(shape).astype(x.dtype)
+
+
+def repeated(x: Array, count: int) -> Array:
+    """[count, ...], `count` times x [...], as a product with ones.
+
+    Its gradient is a product then too. As a sum over the first axis it is 20 times
+    slower on a CPU.
+    """
+    ones = jnp.ones((count, 1), x.dtype)
+    return (ones @ x.reshape(1, -1)).reshape(count, *x.shape)

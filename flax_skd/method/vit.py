@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from flax_skd.method.attention import einsum_attention
-from flax_skd.method.layers import Array, LayerNorm, Linear, gelu, times, together
+from flax_skd.method.layers import (
+    Array,
+    LayerNorm,
+    Linear,
+    gelu,
+    repeated,
+    times,
+    together,
+)
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 
 Params = dict[str, Any]
@@ -202,8 +210,8 @@ class ViT(nn.Module):
         )
         prefix = self._prefix(x.shape[0])
         count = spec.num_tokens if spec.pos_embed_prefix else g * g
-        position = self.param("pos_embed", _embed_init, (count, spec.width))[None]
-        position = position.astype(self.dtype)
+        position = self.param("pos_embed", _embed_init, (count, spec.width))
+        position = repeated(position.astype(self.dtype), x.shape[0])
         if not spec.pos_embed_prefix:
             x = x + position
         x = jnp.concatenate([*prefix, x], axis=1)
@@ -231,6 +239,8 @@ class ViT(nn.Module):
 
     def _head(self, x: Array, taps: Taps) -> Array:
         spec = self.spec
+        if spec.pool != "avg":
+            x = x[:, : 1 + spec.distilled]
         if not spec.fc_norm:
             x = LayerNorm(spec.norm_eps, name="norm")(x)
         if spec.pool == "avg":

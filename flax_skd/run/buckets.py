@@ -81,7 +81,7 @@ class Buckets:
 
 
 def coarse(widths: SubnetSpec, spec: ViTSpec) -> SubnetSpec:
-    """Widths rounded up to quarters of a head and eighths of the hidden units.
+    """Widths rounded up to quarters of a head and sixteenths of the hidden units.
 
     Blocks of equal widths share what is compiled for them: of ViT-Ti's five sizes a fifth
     of the compilation goes, and a step takes as long as before.
@@ -92,7 +92,7 @@ def coarse(widths: SubnetSpec, spec: ViTSpec) -> SubnetSpec:
         return min(size, -(-width // step) * step)
 
     heads = ([up(w, spec.head_dim, 4) for w in field] for field in widths[:2])
-    units = [up(w, spec.mlp_dim, 8) for w in widths.mlp_dim]
+    units = [up(w, spec.mlp_dim, 16) for w in widths.mlp_dim]
     return SubnetSpec(*heads, units).check(spec)
 
 
