@@ -12,6 +12,18 @@ import numpy as np
 Array = jax.Array
 
 
+def parameter(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Array:
+    """`module.param(name, init, shape)`, without tracing `init` where it is not needed.
+
+    Flax traces the initializer of every parameter that it is given, to compare shapes:
+    a third of the time to trace a ViT's gradient.
+    """
+    found = module.get_variable("params", name)
+    if found is None or found.shape != shape:  # Flax makes it, or says what is wrong
+        found = module.param(name, init, shape)
+    return found
+
+
 class Linear(nn.Module):
     """einsum(equation, x, kernel), plus a bias along the axes the kernel makes.
 
@@ -35,11 +47,11 @@ class Linear(nn.Module):
             in_axis=[axes.index(a) for a in summed],
             out_axis=[axes.index(a) for a in made],
         )
-        self.kernel = self.param("kernel", init, self.shape)
+        self.kernel = parameter(self, "kernel", init, self.shape)
         self.bias = None
         if self.use_bias:
             shape = tuple(self.shape[axes.index(a)] for a in made)
-            self.bias = self.param("bias", nn.initializers.zeros, shape)
+            self.bias = parameter(self, "bias", nn.initializers.zeros, shape)
 
     def __call__(self, x: Array) -> Array:
         return product(self.equation, x, self.kernel, self.bias, self.dtype)
@@ -69,6 +81,7 @@ def together(linears: list[Linear], x: Array) -> list[Array]:
     return [part.swapaxes(1, 2) for part in jnp.split(y, ends[:-1], -1)]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 4))  # traced once for equal shapes
 def product(
     equation: str, x: Array, kernel: Array, bias: Array | None, dtype: Any
 ) -> Array:
@@ -98,7 +111,7 @@ def _summed_and_made(equation: str) -> tuple[list[str], list[str]]:
     return summed, [a for a in kernel_axes if a not in summed]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+@functools.partial(jax.jit, static_argnums=1)
 def gelu(x: Array, form: str) -> Array:
     """x Phi(x), Phi the standard normal distribution function; float32 inside.
 
@@ -110,10 +123,15 @@ def gelu(x: Array, form: str) -> Array:
       form: `exact`, by the error function, or `tanh`, its approximation
         (Hendrycks and Gimpel, 2016).
     """
+    return _gelu(x, form)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _gelu(x: Array, form: str) -> Array:
     return _gelu_and_slope(x, form)[0]
 
 
-@gelu.defjvp
+@_gelu.defjvp
 def _gelu_jvp(form, primals, tangents):
     y, slope = _gelu_and_slope(*primals, form)
     return y, slope * tangents[0]
@@ -144,11 +162,15 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         size = x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, size)
-        bias = self.param("bias", nn.initializers.zeros, size)
+        scale = parameter(self, "scale", nn.initializers.ones, size)
+        bias = parameter(self, "bias", nn.initializers.zeros, size)
         row = (1,) * (x.ndim - 1) + size
-        normal = _standardised(x.astype(jnp.float32), self.epsilon)
-        return normal * scale.reshape(row) + bias.reshape(row)
+        return _normalised(x, scale.reshape(row), bias.reshape(row), self.epsilon)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _normalised(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+    return _standardised(x.astype(jnp.float32), epsilon) * scale + bias
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
