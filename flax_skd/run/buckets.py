@@ -83,8 +83,7 @@ class Buckets:
 def coarse(widths: SubnetSpec, spec: ViTSpec) -> SubnetSpec:
     """Widths rounded up to quarters of a head and sixteenths of the hidden units.
 
-    Blocks of equal widths share what is compiled for them: of ViT-Ti's five sizes a fifth
-    of the compilation goes, and a step takes as long as before.
+    Blocks of equal widths share what is compiled for them.
     """
 
     def up(width, size, parts):
