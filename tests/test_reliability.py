@@ -132,7 +132,9 @@ def test_when_one_process_dies_the_other_says_so_and_both_resume(
     assert codes[1] == -signal.SIGKILL and codes[0] in ENDED_BY_JAX, logs[0][-3000:]
     assert seconds < 60
     last = logs[0].strip().splitlines()[-1]
-    assert "process 0 of 2 was ended: process 1 is gone" in last
+    # Ended by JAX, or by what a step raised first where it was summing with the other.
+    said = "was ended: process 1 is gone|ended, and process 1 did not end with it"
+    assert re.search(f"process 0 of 2 ({said})", last)
     assert "Start all processes of the run again" in last and "--resume" in last
     whole, _ = whole_steps.newest(folder / "checkpoints")
     assert whole in (4, 6)  # the save after 6 may have been under way
@@ -160,6 +162,7 @@ def test_a_witness_says_what_it_can_know():
         say = witness.verdict
         assert say(1, 2, there, witness.LEAVING + witness.LEFT) == ""
         assert "another one did not end" in say(1, 2, there, witness.LEAVING)
+        assert "process 1 did not end" in say(0, 2, there, witness.LEAVING)
         assert "it was killed" in say(1, 2, there, b"")
         assert "process 2 is gone, unless" in say(1, 3, there, b"")
         assert "stopped sending" in say(1, 4, there, b"")

@@ -65,9 +65,10 @@ def verdict(process: int, processes: int, coordinator: str, heard: bytes) -> str
     if process and coordinator and 0 in others:
         lost = f"process 0 ({coordinator}) is gone, and the run with it"
     elif heard.endswith(LEAVING):
+        other = f"process {others[0]}" if len(others) == 1 else "another one"
         return (
-            f"{this} ended, and another one did not end with it: an error above says "
-            f"what went wrong. {AGAIN}"
+            f"{this} ended, and {other} did not end with it: it is gone, or an error "
+            f"above says what went wrong. {AGAIN}"
         )
     elif not others:
         lost = "it was killed, or lines above say what else"
