@@ -8,7 +8,8 @@ images serve. The masked step is compiled once and pays for the whole network at
 level; compiled sizes (`run.buckets`) are a few programs, each paying for its own, and
 each is timed: what a step takes in the mean is their sum by the levels they have. The
 "repaired" steps train a network whose cuts least squares repairs, by random factors.
-`--list` takes the levels of a super-network of the same depth and widths.
+`--list` takes the levels of a super-network of the same depth and heads; those of a
+wider or narrower MLP are taken in proportion.
 """
 
 import argparse
@@ -18,11 +19,12 @@ import json
 import os
 import pathlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rival_steps import DTYPES
 
 from flax_skd.io import checkpoint
 from flax_skd.io.extras import require
@@ -51,6 +53,13 @@ def random_repairs(spec: ViTSpec) -> compensation.Compensation:
     )
 
 
+def listed(path: str, spec: ViTSpec) -> piad.DropoutList:
+    """The levels of a super-network, its hidden units in proportion to the spec's."""
+    network = checkpoint.load_supernet(path)
+    levels, full = network.dropout_list, network.spec.mlp_dim
+    return levels._replace(mlp_dim=np.asarray(levels.mlp_dim) * spec.mlp_dim // full)
+
+
 KINDS = ("masked", "masked repaired", "sizes", "sizes repaired")
 
 
@@ -68,21 +77,23 @@ class Kind(NamedTuple):
     repairs: compensation.Compensation | None
 
 
-def kinds_of(spec: ViTSpec, shares: tuple[float, ...]) -> dict[str, Kind]:
+def kinds_of(spec: ViTSpec, shares: tuple[float, ...], dtype: Any) -> dict[str, Kind]:
     """What is compared; the dense step is the first."""
 
     def dense(widths):
         del widths
-        return objective.classification_loss(vit.ViT(spec))
+        return objective.classification_loss(vit.ViT(spec, dtype=dtype))
 
     def masked(widths):
         del widths
         cut_of = objective.sampled_levels(spec)
-        return objective.classification_loss(vit.ViT(spec), cut_of=cut_of)
+        model = vit.ViT(spec, dtype=dtype)
+        return objective.classification_loss(model, cut_of=cut_of)
 
     def within(widths):
         cut_of = objective.level_within(spec, widths)
-        return objective.classification_loss(vit.ViT(spec, widths), cut_of=cut_of)
+        model = vit.ViT(spec, widths, dtype=dtype)
+        return objective.classification_loss(model, cut_of=cut_of)
 
     repairs = random_repairs(spec)
     return {
@@ -174,9 +185,10 @@ def main() -> None:
     parser.add_argument("--variant", default="Ti/16", help="such as S/16")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--accumulate", type=int, default=1, help="microbatches")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--compile_rounds", type=int, default=3)
+    parser.add_argument("--compile_rounds", type=int, default=3, help="0: once")
     parser.add_argument("--shares", default="0.75,0.5,0.3", help="compiled sizes")
     parser.add_argument("--kinds", default=",".join(KINDS), help="compared with dense")
     parser.add_argument("--list", help="super-network whose levels are drawn")
@@ -193,9 +205,9 @@ def main() -> None:
     }
     levels = piad.uniform(spec)
     if args.list:
-        levels = checkpoint.load_supernet(args.list).dropout_list
+        levels = listed(args.list, spec)
     smallest = macs.macs(spec, levels.widths(int(levels.levels), spec))
-    kinds = kinds_of(spec, shares)
+    kinds = kinds_of(spec, shares, DTYPES[args.dtype])
     names = ["dense", *args.kinds.split(",")]
 
     def run_of(name, images):
@@ -203,9 +215,11 @@ def main() -> None:
         return Run(spec, kinds[name], levels, cut, args.accumulate)
 
     few = 8 * args.accumulate  # compile as long as many
-    compiling = compile_times(
-        lambda name: run_of(name, few), names, args.compile_rounds
-    )
+    compiling = {}
+    if args.compile_rounds:
+        compiling = compile_times(
+            lambda name: run_of(name, few), names, args.compile_rounds
+        )
     runs = {name: run_of(name, args.batch_size) for name in names}
     programs = {
         f"{name} {i}": program
@@ -228,7 +242,8 @@ def main() -> None:
             for field in ("ratio", "low", "high")
         }
         found[name]["programs"] = [{"levels": p, **row._asdict()} for p, row in rows]
-        found[name]["compile_ratio"] = compiling[name]
+        once = run.compiling / runs["dense"].compiling
+        found[name]["compile_ratio"] = compiling.get(name, (once,) * 3)
     lines = [
         "| step | time / dense (quartiles) | each program | compile time / dense (quartiles) |",
         "|---|---|---|---|",
@@ -241,7 +256,7 @@ def main() -> None:
             f"{each} | {compiled:.1f} ({low:.1f} to {high:.1f}) |"
         )
     lines.append(
-        f"\n{args.variant} at {args.image_size}, float32, batch {args.batch_size}, "
+        f"\n{args.variant} at {args.image_size}, {args.dtype}, batch {args.batch_size}, "
         f"{args.rounds} rounds that take turns, a list of {int(levels.levels)} levels down "
         f"to {smallest / macs.macs(spec):.0%} of the MACs, sizes compiled at 1 and "
         f"{args.shares} of the MACs, freed memory {timing.freed_memory()}; {jax.devices()[0].device_kind}, {os.cpu_count()} "

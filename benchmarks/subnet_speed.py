@@ -23,7 +23,7 @@ import numpy as np
 from flax_skd.io import checkpoint
 from flax_skd.io.extras import require
 from flax_skd.method import macs, piad, vit
-from flax_skd.method.attention import einsum_attention
+from flax_skd.method.attention import fastest_attention
 from flax_skd.method.layers import Linear
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.run import time_budget, timing
@@ -108,7 +108,7 @@ def rows_of(
     """Name -> (title, widths, attention function, class of the heads)."""
     d, m = spec.head_dim, spec.mlp_dim
 
-    def row(title, qk, vo, mlp, attention=einsum_attention, heads=vit._Heads):
+    def row(title, qk, vo, mlp, attention=fastest_attention, heads=vit._Heads):
         return title, SubnetSpec.uniform(spec, qk, vo, mlp), attention, heads
 
     half = (d // 2, d // 2, m // 2)
@@ -127,7 +127,7 @@ def rows_of(
         "half_heads": row("half of the attention widths", d // 2, d // 2, m),
         "half_mlp": row("half of the MLP", d, d, m // 2),
         "ends": row("embedding and head alone", 0, 0, 0),
-        **{t: (t, w, einsum_attention, vit._Heads) for t, w in found.items()},
+        **{t: (t, w, fastest_attention, vit._Heads) for t, w in found.items()},
     }
 
 

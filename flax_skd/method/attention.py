@@ -71,16 +71,64 @@ _scores.defvjp(lambda q, k: (_scores(q, k), (q, k)), _scores_backward)
 _mixed.defvjp(lambda weights, v: (_mixed(weights, v), (weights, v)), _mixed_backward)
 
 
-def dot_product_attention(q: Array, k: Array, v: Array, scale: float) -> Array:
-    """`einsum_attention` by `jax.nn.dot_product_attention`, for accelerators.
+def dot_product_attention(
+    q: Array, k: Array, v: Array, scale: float, implementation: str | None = None
+) -> Array:
+    """`einsum_attention` by `jax.nn.dot_product_attention`.
 
-    That function wants equal widths of q and v; the narrower is padded with zeros,
-    which changes nothing.
+    That function wants equal widths of q and v, cuDNN also widths that eight divides
+    and an even number of tokens: zeros are put in, and no token looks at those.
+
+    Args:
+      q, k, v, scale: as of `einsum_attention`.
+      implementation: `xla`, `cudnn` or None, as of that function.
     """
-    width = max(q.shape[-1], v.shape[-1])
+    tokens, width = q.shape[2], max(q.shape[-1], v.shape[-1])
+    odd, lengths = tokens % 2, None
+    if odd:
+        lengths = jnp.full(q.shape[0], tokens, jnp.int32)
     q, k, padded_v = (
-        jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1]))).swapaxes(1, 2)
+        jnp.pad(
+            x.swapaxes(1, 2),
+            ((0, 0), (0, odd), (0, 0), (0, width + -width % 8 - x.shape[-1])),
+        )
         for x in (q, k, v)
     )
-    mixed = jax.nn.dot_product_attention(q, k, padded_v, scale=scale)
-    return mixed.swapaxes(1, 2)[..., : v.shape[-1]]
+    mixed = jax.nn.dot_product_attention(
+        q,
+        k,
+        padded_v,
+        scale=scale,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,
+    )
+    return mixed[:, :tokens, :, : v.shape[-1]].swapaxes(1, 2)
+
+
+def fastest_attention(q: Array, k: Array, v: Array, scale: float) -> Array:
+    """The fastest of these for where JAX computes.
+
+    `dot_product_attention` by cuDNN in bfloat16 on an NVIDIA GPU that has it, which
+    never writes the N x N weights (FlashAttention, arXiv:2205.14135);
+    `einsum_attention` anywhere else. Decided when the program is traced, by
+    `jax.default_device` or else JAX's first device: a program traced on such a GPU for
+    another device needs `einsum_attention` by name.
+
+    Args and returns: as of `einsum_attention`.
+    """
+    in_half = q.dtype == k.dtype == v.dtype == jnp.bfloat16
+    if in_half and max(q.shape[-1], v.shape[-1]) <= 128 and _has_cudnn():
+        return dot_product_attention(q, k, v, scale, "cudnn")
+    return einsum_attention(q, k, v, scale)
+
+
+def _has_cudnn() -> bool:
+    """Whether the default device is an NVIDIA GPU, Ampere (8.0) or later."""
+    device = jax.config.jax_default_device
+    if not isinstance(device, jax.Device):
+        device = jax.local_devices(backend=device)[0]
+    capability = getattr(device, "compute_capability", "")  # of ROCm: gfx942
+    try:
+        return device.platform == "gpu" and float(capability) >= 8
+    except ValueError:
+        return False

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_skd.method.attention import einsum_attention
+from flax_skd.method.attention import fastest_attention
 from flax_skd.method.layers import (
     Array,
     LayerNorm,
@@ -149,14 +149,14 @@ class ViT(nn.Module):
       widths: static widths of an extracted sub-network; None for the full network.
       dtype: of the computation, float32 or bfloat16. Parameters, LayerNorm, softmax
         and logits are float32 in both.
-      attention: function (q, k, v, scale) -> mixed values.
+      attention: function (q, k, v, scale) -> mixed values, of `method.attention`.
       remat: recompute each block in the backward pass instead of storing it.
     """
 
     spec: ViTSpec
     widths: SubnetSpec | None = None
     dtype: Any = jnp.float32
-    attention: Callable[..., Array] = einsum_attention
+    attention: Callable[..., Array] = fastest_attention
     remat: bool = False
 
     @nn.compact

@@ -14,7 +14,7 @@ from flax_skd.io import checkpoint
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import compensation, piad, subnet
 from flax_skd.method import macs as counts
-from flax_skd.method.attention import einsum_attention
+from flax_skd.method.attention import fastest_attention
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import Array, Params, ViT
 from flax_skd.run import time_budget
@@ -54,7 +54,7 @@ class SubnetFamily:
         profile: Profile | None = None,
         executables: int = 16,
         dtype: Any = jnp.float32,
-        attention: Callable[..., Array] = einsum_attention,
+        attention: Callable[..., Array] = fastest_attention,
         device: Any = None,
     ):
         """Starts at level 0, the full network.
@@ -223,7 +223,8 @@ class SubnetFamily:
         def forward(params, images):
             return model.apply({"params": params}, images)
 
-        return jax.jit(forward).lower(now.params, images).compile()
+        with jax.default_device(self._device):  # the attention is chosen by it
+            return jax.jit(forward).lower(now.params, images).compile()
 
     def _extraction(self, widths: SubnetSpec):
         """Function (params, repairs) -> extracted params, sharing what is unchanged."""

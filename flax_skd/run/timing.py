@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from flax_skd.method import subnet
-from flax_skd.method.attention import einsum_attention
+from flax_skd.method.attention import fastest_attention
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import Params, ViT
 
@@ -109,7 +109,7 @@ def compiled(
     images: jax.Array,
     *,
     dtype: Any,
-    attention: Callable[..., Any] = einsum_attention,
+    attention: Callable[..., Any] = fastest_attention,
 ) -> tuple[Program, float]:
     """An extracted sub-network as a program, and the seconds its compilation took.
 
