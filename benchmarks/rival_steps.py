@@ -97,7 +97,7 @@ def program(function: Callable, *inputs: Any) -> Callable:
 
 
 def plain(spec, batch, args, heads: Callable[..., nn.Module]) -> dict[str, Callable]:
-    """Measure -> program, of Flax and optax alone."""
+    """Measure -> what makes its program, of Flax and optax alone."""
     model = PlainViT(spec, DTYPES[args.dtype], heads)
     params = jax.jit(model.init)(jax.random.key(0), batch["image"][:1])["params"]
 
@@ -124,16 +124,16 @@ def plain(spec, batch, args, heads: Callable[..., nn.Module]) -> dict[str, Calla
     own = jax.tree.map(jnp.copy, params)  # the state is donated
     ema = jax.tree.map(jnp.copy, params) if args.ema else None
     return {
-        "forward": program(
+        "forward": lambda: program(
             lambda p, b: model.apply({"params": p}, b["image"]), params, batch
         ),
-        "gradient": program(jax.value_and_grad(loss), params, batch),
-        "step": Step(update, (own, optimizer.init(own), ema), batch),
+        "gradient": lambda: program(jax.value_and_grad(loss), params, batch),
+        "step": lambda: Step(update, (own, optimizer.init(own), ema), batch),
     }
 
 
 def pytorch(spec: ViTSpec, batch: Any, args: argparse.Namespace) -> dict[str, Callable]:
-    """Measure -> program, of PyTorch; no step."""
+    """Measure -> what makes its program, of PyTorch; no step."""
     torch = require("torch")
     functional = torch.nn.functional
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -192,6 +192,6 @@ def pytorch(spec: ViTSpec, batch: Any, args: argparse.Namespace) -> dict[str, Ca
         return torch.autograd.grad(value, leaves)
 
     return {
-        "forward": timed(torch.no_grad()(forward)),
-        "gradient": timed(gradient),
+        "forward": lambda: timed(torch.no_grad()(forward)),
+        "gradient": lambda: timed(gradient),
     }

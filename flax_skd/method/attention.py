@@ -117,18 +117,22 @@ def fastest_attention(q: Array, k: Array, v: Array, scale: float) -> Array:
     Args and returns: as of `einsum_attention`.
     """
     in_half = q.dtype == k.dtype == v.dtype == jnp.bfloat16
-    if in_half and max(q.shape[-1], v.shape[-1]) <= 128 and _has_cudnn():
+    narrow = max(q.shape[-1], v.shape[-1]) <= 128  # cuDNN's limit before Hopper
+    if in_half and narrow and _has_cudnn(_default_device()):
         return dot_product_attention(q, k, v, scale, "cudnn")
     return einsum_attention(q, k, v, scale)
 
 
-def _has_cudnn() -> bool:
-    """Whether the default device is an NVIDIA GPU, Ampere (8.0) or later."""
-    device = jax.config.jax_default_device
-    if not isinstance(device, jax.Device):
-        device = jax.local_devices(backend=device)[0]
-    capability = getattr(device, "compute_capability", "")  # of ROCm: gfx942
-    try:
-        return device.platform == "gpu" and float(capability) >= 8
-    except ValueError:
-        return False
+def _default_device() -> jax.Device:
+    """Where JAX puts what is given no device."""
+    device = jax.config.jax_default_device  # a device, the name of a backend or None
+    if isinstance(device, jax.Device):
+        return device
+    return jax.local_devices(backend=device)[0]
+
+
+def _has_cudnn(device: jax.Device) -> bool:
+    """Whether it is an NVIDIA GPU, Ampere (compute capability 8.0) or later."""
+    capability = getattr(device, "compute_capability", "")
+    digits = capability.replace(".", "", 1).isdigit()  # not so of ROCm: gfx942
+    return device.platform == "gpu" and digits and float(capability) >= 8
