@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--accumulate", type=int, default=1, help="microbatches")
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--least_s", type=float, default=0.02, help="of a measurement")
     parser.add_argument("--compile_rounds", type=int, default=3, help="0: once")
     parser.add_argument("--shares", default="0.75,0.5,0.3", help="compiled sizes")
     parser.add_argument("--kinds", default=",".join(KINDS), help="compared with dense")
@@ -228,7 +229,12 @@ def main() -> None:
     }
     bar = require("tqdm").tqdm(total=args.rounds * (len(programs) - 1))
     times = timing.paired(
-        programs, against="dense 0", rounds=args.rounds, progress=bar.update
+        programs,
+        against="dense 0",
+        rounds=args.rounds,
+        least=args.least_s,
+        ahead=True,
+        progress=bar.update,
     )
     bar.close()
     found = {}

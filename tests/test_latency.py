@@ -327,6 +327,16 @@ def test_short_programs_run_often_enough_to_be_measured():
         timing.paired(programs, against="full", rounds=0)
 
 
+def test_steps_that_run_behind_the_host_are_waited_for_at_the_end(monkeypatch):
+    order = []
+    clock, programs = ticking({"full": lambda: 0.25})
+    run = programs["full"]
+    told = {"full": lambda: (run(), order.append("call"))}
+    monkeypatch.setattr(jax, "block_until_ready", lambda made: order.append("wait"))
+    timing.paired(told, against="full", rounds=1, least=1, clock=clock, ahead=True)
+    assert order == ["call", "wait"] * 2 + ["call"] * 4 + ["wait"]
+
+
 def test_what_is_timed_is_the_extracted_network(spec, params, batch):
     images = jax.device_put(batch["image"])
     run, seconds = timing.compiled(params, spec, RAGGED, images, dtype=np.float32)

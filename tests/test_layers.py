@@ -91,6 +91,21 @@ def test_the_backward_pass_of_layer_norm_keeps_one_array_of_its_inputs_size(norm
     assert sizes.count(x.size) == 1 and max(sizes) == x.size
 
 
+def test_layer_norm_of_bfloat16_keeps_its_input_and_rounds_gradients_once(norm):
+    ours, params, x = norm
+    half = x.astype(jnp.bfloat16)
+    y, back = jax.vjp(ours.apply, params, half)
+    wide, wide_back = jax.vjp(ours.apply, params, half.astype(jnp.float32))
+    np.testing.assert_array_equal(y, wide)
+    g = jnp.asarray(np.random.default_rng(1).normal(size=x.shape), jnp.float32)
+    (got, dx), (want, wide_dx) = back(g), wide_back(g)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert dx.dtype == half.dtype
+    np.testing.assert_array_equal(dx, wide_dx.astype(jnp.bfloat16))
+    large = [a for a in jax.tree.leaves(back) if a.size == x.size]
+    assert [a.dtype for a in large] == [jnp.bfloat16]
+
+
 class _Joined(nn.Module):
     use_bias: bool
     apart: bool

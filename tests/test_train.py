@@ -465,6 +465,20 @@ def test_one_step_is_adamw_with_clipping_and_a_warm_average():
     assert int(state.step) == 1
 
 
+def test_a_loss_is_not_handed_what_optimizer_and_average_keep():
+    optimizer, seen = train.make_optimizer(0.1), []
+    state = train.initial_state(linear_params(), optimizer, jax.random.key(0), extra=7)
+
+    def loss(params, batch, rng, state):
+        seen.append(state)
+        return sum((x**2).sum() for x in jax.tree.leaves(params)), {}
+
+    train.train_step(state, {}, loss=loss, optimizer=optimizer, ema_decay=0.9)
+    (told,) = seen
+    assert told.extra == 7 and told.step == 0
+    assert told.opt_state is None and told.ema is None
+
+
 def test_a_run_without_average_carries_none(tmp_path):
     optimizer = train.make_optimizer(1e-3)
     state = train.initial_state(linear_params(), optimizer, jax.random.key(1))

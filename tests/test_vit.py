@@ -1,5 +1,7 @@
 """The ViT against an independent NumPy forward, and masked against extracted."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +86,65 @@ def test_attention_functions_agree_at_unequal_widths():
             attention.einsum_attention(*args, 0.3),
             atol=1e-5,
         )
+
+
+@pytest.mark.parametrize("tokens", [7, 8])
+def test_zeros_put_in_for_cudnn_change_no_gradient(tokens):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(2, 3, tokens, w) for w in (4, 4, 6, 6)]
+    *args, g = (jax.random.normal(a, s) for a, s in zip(keys, shapes))
+
+    def back(attend):
+        return jax.vjp(lambda *args: attend(*args, 0.3), *args)[1](g)
+
+    have, want = map(
+        back, (attention.dot_product_attention, attention.einsum_attention)
+    )
+    for a, b in zip(have, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "fused"),
+    [
+        ("gpu", "9.0", True),
+        ("gpu", "8.0", True),
+        ("gpu", "12.1", True),
+        ("gpu", "7.5", False),
+        ("gpu", "gfx942", False),
+        ("tpu", None, False),
+        ("cpu", None, False),
+    ],
+)
+def test_cudnn_is_asked_where_it_computes_bfloat16(
+    monkeypatch, platform, capability, fused
+):
+    """What is asked, seen from the call; no GPU is here."""
+    asked = []
+
+    def attend(q, k, v, **options):
+        asked.append((q.shape, options["implementation"]))
+        return jnp.zeros(q.shape, q.dtype)
+
+    device = types.SimpleNamespace(platform=platform)
+    if capability:
+        device.compute_capability = capability
+    monkeypatch.setattr(attention, "_default_device", lambda: device)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    for dtype, width in (("float32", 12), ("bfloat16", 12), ("bfloat16", 136)):
+        x = jnp.ones((2, 3, 7, width), dtype)
+        attention.fastest_attention(x, x, x, 0.3)
+    # An even number of tokens, heads of a multiple of eight.
+    assert asked == [((2, 8, 3, 16), "cudnn")] * fused
+
+
+def test_the_device_is_the_one_that_jax_computes_on():
+    devices = jax.devices()
+    assert attention._default_device() == devices[0]
+    with jax.default_device(devices[3]):
+        assert attention._default_device() == devices[3]
+    with jax.default_device("cpu"):
+        assert attention._default_device() == jax.devices("cpu")[0]
 
 
 @pytest.mark.parametrize(

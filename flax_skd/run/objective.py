@@ -16,7 +16,8 @@ Array = jax.Array
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
 Masks = tuple[BlockMasks, ...]
-# (params, batch, rng, train state before the step) -> (loss [], metrics)
+# (params, batch, rng, train state before the step, without what the optimizer and the
+# average keep) -> (loss [], metrics)
 Loss = Callable[[Params, Batch, Array, Any], tuple[Array, Metrics]]
 # (params, rng, batch size, train state) -> (params, masks, metrics)
 CutOf = Callable[[Params, Array, int, Any], tuple[Params, Masks | None, Metrics]]

@@ -38,6 +38,7 @@ def paired(
     against: str,
     rounds: int,
     least: float = 0.02,
+    ahead: bool = False,
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[int], Any] = lambda done: None,
 ) -> dict[str, Timing]:
@@ -51,8 +52,9 @@ def paired(
       programs: name -> function that returns arrays; called once to warm up.
       against: the name of the one that the others are held against.
       rounds: how often; medians are taken over them.
-      least: seconds that a measurement lasts at least; short programs run repeatedly,
-        each call waited for.
+      least: seconds that a measurement lasts at least; short programs run repeatedly.
+      ahead: whether a call begins before the one before it has ended, as steps of a
+        training do, which run behind the host; else each is waited for.
       clock: seconds.
       progress: called with the number of measurements just done.
 
@@ -64,7 +66,7 @@ def paired(
     calls = {}
     for name, run in programs.items():
         jax.block_until_ready(run())  # warm up
-        once = _timed(run, 1, clock)
+        once = _timed(run, 1, ahead, clock)
         calls[name] = max(1, math.ceil(least / max(once, 1e-9)))
     others = [name for name in programs if name != against]
     base: list[float] = []
@@ -73,12 +75,12 @@ def paired(
         shift = turn * len(others) // rounds  # nobody always comes first
         for name in others[shift:] + others[:shift]:
             pair = (against, name) if turn % 2 else (name, against)
-            found = {p: _timed(programs[p], calls[p], clock) for p in pair}
+            found = {p: _timed(programs[p], calls[p], ahead, clock) for p in pair}
             base.append(found[against])
             ratios[name].append(found[name] / found[against])
             progress(1)
         if not others:
-            base.append(_timed(programs[against], calls[against], clock))
+            base.append(_timed(programs[against], calls[against], ahead, clock))
     full = float(np.median(base))
     timings = {against: Timing(full, 1.0, 1.0, 1.0)}
     for name, found in ratios.items():
@@ -95,10 +97,13 @@ def freed_memory() -> str:
     return "kept" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "returned"
 
 
-def _timed(run: Program, calls: int, clock: Callable[[], float]) -> float:
+def _timed(run: Program, calls: int, ahead: bool, clock: Callable[[], float]) -> float:
     before = clock()
     for _ in range(calls):
-        jax.block_until_ready(run())
+        made = run()
+        if not ahead:
+            jax.block_until_ready(made)
+    jax.block_until_ready(made)
     return (clock() - before) / calls
 
 

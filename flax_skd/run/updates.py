@@ -69,7 +69,8 @@ def train_step(
     Args:
       state: before.
       batch: what `loss` takes.
-      loss: function (params, batch, rng, state) -> (loss [], metrics).
+      loss: function (params, batch, rng, state) -> (loss [], metrics); it sees no
+        state of the optimizer and no average.
       optimizer: whose state `state` holds.
       ema_decay: most that the average keeps of itself; at step t it keeps
         min(ema_decay, (1 + t) / (10 + t)), so that the start is forgotten.
@@ -100,7 +101,12 @@ def gradient(
 ) -> tuple[Metrics, Params]:
     """The first half of `train_step`: metrics of the loss, and its gradient."""
     rng = jax.random.fold_in(state.rng, state.step)
-    return gradients.of_batch(loss, state, batch, rng, accumulate=accumulate)
+    return gradients.of_batch(loss, _seen(state), batch, rng, accumulate=accumulate)
+
+
+def _seen(state: TrainState) -> TrainState:
+    """What a loss sees of it: the rest, three arrays a parameter, is not handed over."""
+    return state._replace(opt_state=None, ema=None)
 
 
 def apply(
@@ -185,13 +191,13 @@ def compiled(
             )
         differentiated = jax.jit(
             functools.partial(gradient, loss=loss, accumulate=accumulate),
-            in_shardings=(place, batches),
+            in_shardings=(_seen(place), batches),
             out_shardings=(whole, place.params),
         )
 
         def step(state, batch):
             cut = state._replace(params=given(state.params, state.extra))
-            metrics, grads = differentiated(cut, batch)
+            metrics, grads = differentiated(_seen(cut), batch)
             return update(state, batch, metrics, back(state.params, state.extra, grads))
 
         return step
