@@ -79,6 +79,7 @@ def ours(spec: ViTSpec, batch: Any, args: argparse.Namespace) -> dict[str, Calla
 def measure(args: argparse.Namespace) -> dict[str, dict[str, dict]]:
     """Measure -> row -> times."""
     spec = ViTSpec.named(args.variant, image_size=args.image_size)
+    spec = spec.replace(depth=args.depth or spec.depth)
     rng = np.random.default_rng(0)
     shape = (args.batch_size, spec.image_size, spec.image_size, 3)
     batch = {
@@ -127,9 +128,10 @@ def markdown(found: dict[str, dict[str, dict]], args: argparse.Namespace) -> str
                 f"{1 / time['ratio']:.3f} ({1 / time['high']:.3f} to "
                 f"{1 / time['low']:.3f}) | {share} |"
             )
+    blocks = f"{args.depth} blocks, " if args.depth else ""
     average = "with" if args.ema else "without"
     lines.append(
-        f"\n{args.variant} at {args.image_size}, {args.dtype}, batch {args.batch_size}, "
+        f"\n{args.variant} at {args.image_size}, {blocks}{args.dtype}, batch {args.batch_size}, "
         f"{average} a moving average, attention {args.attention}, freed memory "
         f"{timing.freed_memory()}, {args.rounds} rounds; {time_budget.device_name()}, "
         f"{os.cpu_count()} cores, jax {jax.__version__}."
@@ -143,6 +145,7 @@ def main() -> None:
     add = parser.add_argument
     add("--variant", default="Ti/16", help="such as S/16")
     add("--image_size", type=int, default=224)
+    add("--depth", type=int, default=0, help="blocks, if not the variant's")
     add("--batch_size", type=int, default=64)
     add("--rounds", type=int, default=9)
     add("--least_s", type=float, default=0.02, help="seconds of one measurement")
