@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from collectives import axes, collectives, total
 
-from flax_skd.method import partial_sums, statistics, vit
+from flax_skd.method import layers, partial_sums, statistics, vit
 from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import ViT
 from flax_skd.run import objective, sharding, train, updates
@@ -73,6 +73,22 @@ def over(found, mesh, *names):
 def activations(examples):
     """Bytes of the residual stream of so many images."""
     return 4 * examples * SPEC.num_tokens * SPEC.width
+
+
+def test_a_sum_over_images_in_a_given_order_gathers_none_of_them():
+    """Of the position embedding's gradient, on GPUs."""
+    mesh = sharding.mesh()
+    step = jax.jit(
+        lambda g: layers.sum_in_order(2 * g),
+        in_shardings=sharding.batch_sharding(mesh),
+        out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
+    )
+    g = jax.ShapeDtypeStruct((BATCH, 3, 4), jnp.float32)
+    found = collectives(step.lower(g).compile().as_text(), 8)
+    assert [c.kind for c in found] == ["all-reduce"]
+    assert total(found, "all-reduce") == 4 * 3 * 4
+    ones = np.ones(g.shape, np.float32)
+    np.testing.assert_array_equal(step(ones), np.full((3, 4), 2 * BATCH))
 
 
 def test_data_parallelism_sums_every_gradient_once_and_sends_nothing_else():

@@ -235,13 +235,17 @@ def _repeated_backward(count: int, kept: None, g: Array) -> tuple[Array]:
     def product(g):
         return (jnp.ones(count, g.dtype) @ g.reshape(count, -1)).reshape(g.shape[1:])
 
-    def in_order(g):
-        return with_layout_constraint(g, Layout(tuple(range(g.ndim)))).sum(0)
+    def total(g):
+        return g.sum(0)
 
-    return (jax.lax.platform_dependent(g, cpu=product, cuda=in_order, default=_total),)
+    add = jax.lax.platform_dependent
+    return (add(g, cpu=product, cuda=sum_in_order, default=total),)
 
 
-def _total(x: Array) -> Array:
+def sum_in_order(x: Array) -> Array:
+    """x.sum(0), of an array that lies in memory in the order of its axes."""
+    if jax.__version_info__ >= (0, 11):  # before, this would gather what is sharded
+        x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
     return x.sum(0)
 
 
