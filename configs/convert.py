@@ -18,6 +18,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.path = ""
     config.model.variant = variant
     config.model.recipe = ""
+    config.model.entry = ""  # of a .pth file with several state dicts, which
     config.model.image_size = 0
     config.model.fields = ConfigDict()
     config.model.fields.num_heads = placeholder(int)
@@ -28,5 +29,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.fields.std = placeholder(tuple)
     config.model.fields.crop_fraction = placeholder(float)
     config.model.fields.interpolation = placeholder(str)
+    config.model.fields.crop_mode = placeholder(str)
     config.dtype = "float32"  # of what is written; bfloat16 halves it
     return config

@@ -21,6 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.path = ""  # weights file, its folder, or a directory of ours
     config.model.variant = variant
     config.model.recipe = ""  # augreg | augreg_jax | deit | deit3: what a file omits
+    config.model.entry = ""  # of a .pth file with several state dicts, which
     config.model.image_size = 0  # 0 keeps the file's
     config.model.num_classes = 10
     config.model.fields = ConfigDict()
@@ -32,6 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.fields.std = placeholder(tuple)
     config.model.fields.crop_fraction = placeholder(float)
     config.model.fields.interpolation = placeholder(str)
+    config.model.fields.crop_mode = placeholder(str)
 
     config.data = ConfigDict()
     config.data.source = ""

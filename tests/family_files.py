@@ -204,7 +204,7 @@ def scanned(tensors, depth):
     return out
 
 
-def write_hf(folder, tensors, **changes):
+def write_hf(folder, tensors, *, processor=None, **changes):
     save_file(tensors, folder / "model.safetensors")
     config = {
         "num_attention_heads": 2,
@@ -214,12 +214,12 @@ def write_hf(folder, tensors, **changes):
         "image_size": [12, 12],
     }
     (folder / "config.json").write_text(json.dumps(config | changes))
-    processor = {
+    processor = processor or {
         "image_mean": list(IMAGENET_MEAN),
         "image_std": [0.5] * 3,
         "resample": 3,
         "do_center_crop": True,
-        "size": {"height": 256},
+        "size": {"shortest_edge": 256},
         "crop_size": 224,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))

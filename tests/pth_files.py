@@ -42,6 +42,16 @@ def tensor(key, numel, size, stride, offset=0, kind="FloatStorage"):
     return b"ctorch._utils\n_rebuild_tensor_v2\n" + args + b"R"
 
 
+def state_dict(arrays, storages):
+    """Tensors by name, float32; their values are added to `storages`."""
+    items = {}
+    for name, value in arrays.items():
+        key, strides = str(len(storages)), [step // 4 for step in value.strides]
+        items[name] = tensor(key, value.size, value.shape, strides)
+        storages[key] = value
+    return mapping(items)
+
+
 def write(path, top, storages=(), compression=zipfile.ZIP_STORED, extra=()):
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02" + top + b".")

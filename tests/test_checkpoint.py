@@ -14,7 +14,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from flax_skd.io import checked, checkpoint, tensor_layout
+from flax_skd.io import checked, checkpoint, directory, tensor_layout
 from flax_skd.io.checkpoint import SubNet, SuperNet
 from flax_skd.method import compensation, macs, packing, piad, subnet, vit
 from flax_skd.method.spec import SubnetSpec
@@ -202,6 +202,50 @@ def test_a_save_that_fails_loses_nothing(saved_small, small):
         checkpoint.save_subnet(saved_small, bad, overwrite=True)
     assert checkpoint.load_subnet(saved_small).provenance == small.provenance
     assert [p.name for p in saved_small.parent.iterdir()] == [saved_small.name]
+
+
+def test_the_current_directory_and_a_mount_point_are_not_replaced(
+    tmp_path, small, monkeypatch
+):
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    with pytest.raises(ValueError, match="is the current directory.*/network"):
+        checkpoint.save_subnet(".", small)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "a")
+    with pytest.raises(ValueError, match=f"a is a mount point.*{tmp_path}/a/network"):
+        checkpoint.save_subnet("a", small)
+    checkpoint.save_subnet("a/network", small)
+
+
+def test_a_place_where_nothing_may_be_made_is_named_first(tmp_path, small, monkeypatch):
+    # Whoever may do everything, as root may, is not held back by the mode of a folder.
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ValueError, match=f"made: {tmp_path} is read-only or not yours"):
+        checkpoint.save_subnet(tmp_path / "new" / "net", small)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_of_two_that_write_at_once_the_second_is_refused(tmp_path, small, monkeypatch):
+    path, move = tmp_path / "net", directory._move
+    first = small._replace(provenance={"first": True})
+
+    def late(*args):
+        monkeypatch.setattr(directory, "_move", move)
+        checkpoint.save_subnet(path, first)
+        move(*args)
+
+    monkeypatch.setattr(directory, "_move", late)
+    with pytest.raises(ValueError, match="was filled meanwhile by another program"):
+        checkpoint.save_subnet(path, small)
+    assert checkpoint.load_subnet(path).provenance == {"first": True}
+    assert [p.name for p in tmp_path.iterdir()] == ["net"]
+
+
+def test_a_file_of_a_later_version_says_so_before_its_fields(saved_small):
+    edit(saved_small / "spec.json", format_version=2, colour="red")
+    with pytest.raises(ValueError, match="format version 2.* use the flax_skd version"):
+        checkpoint.load_subnet(saved_small)
 
 
 def test_a_bucket_address_is_not_taken_for_a_local_path(small):

@@ -1,5 +1,6 @@
 """Every family's files, written by `family_files`, read back to the same params."""
 
+import functools
 import hashlib
 import json
 import os
@@ -113,6 +114,87 @@ def test_a_hugging_face_folder_needs_no_more_words(tmp_path, names, prefix, kind
     assert same(source.params, params)
 
 
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
+BOTH = {"height": 12, "width": 12}
+
+
+@pytest.mark.parametrize(
+    ("processor", "mode", "mean", "std"),
+    [
+        ({"size": BOTH}, "squash", 0.5, 0.5),
+        ({"size": 12, "image_processor_type": "ViTImageProcessor"}, "squash", 0.5, 0.5),
+        ({"size": 12, "feature_extractor_type": "CLIPFeatureEx"}, "center", 0.5, 0.5),
+        ({"size": {"shortest_edge": 12}}, "center", 0.5, 0.5),
+        ({"size": BOTH, "rescale_factor": 1 / 127.5}, "squash", 0.25, 0.25),
+        ({"size": BOTH, "do_rescale": False}, "squash", 0.5 / 255, 0.5 / 255),
+        ({"size": BOTH, "do_normalize": False}, "squash", 0, 1),
+    ],
+)
+def test_a_preprocessor_is_followed(tmp_path, params, processor, mode, mean, std):
+    tensors = family_files.huggingface(params, PLAIN)
+    write_hf(tmp_path, tensors, processor=HALF | processor)
+    spec = conversion.read(tmp_path).spec
+    assert (spec.crop_mode, spec.crop_fraction) == (mode, 1.0)
+    np.testing.assert_allclose([spec.mean, spec.std], [[mean] * 3, [std] * 3])
+
+
+@pytest.mark.parametrize(
+    ("processor", "words"),
+    [
+        ({"size": BOTH, "do_resize": False}, "do_resize = false leaves"),
+        ({"size": BOTH, "rescale_factor": 0}, "rescale_factor = 0 is no positive"),
+        ({"rescale_factor": 1.0, "image_mean": 3}, "must be lists of numbers"),
+    ],
+)
+def test_a_preprocessor_that_cannot_be_followed_is_refused(
+    tmp_path, params, processor, words
+):
+    tensors = family_files.huggingface(params, PLAIN)
+    write_hf(tmp_path, tensors, processor=HALF | processor)
+    with pytest.raises(ConversionError, match=words):
+        conversion.read(tmp_path)
+
+
+def test_an_entry_of_a_pth_file_is_chosen_by_name(tmp_path, timm_tensors, params):
+    path = tmp_path / "model_best.pth.tar"
+    storages = {}
+    average = {k: v + 1 for k, v in timm_tensors.items()}
+    entries = {"state_dict": timm_tensors, "state_dict_ema": average}
+    entries = {k: pth_files.state_dict(v, storages) for k, v in entries.items()}
+    pth_files.write(path, pth_files.mapping(entries), storages)
+    read = functools.partial(conversion.read, path, recipe="augreg", fields=HEADS)
+    with pytest.raises(ValueError, match=r"choose one by entry=.*config.model.entry"):
+        read()
+    assert same(read(entry="state_dict").params, params)
+    got = read(entry="state_dict_ema").params["head"]["bias"]
+    np.testing.assert_array_equal(got, params["head"]["bias"] + 1)
+    with pytest.raises(ValueError, match="no dictionary 'ema'"):
+        read(entry="ema")
+
+
+def test_an_entry_of_another_kind_of_file_is_refused(weights, timm_tensors):
+    save_file(timm_tensors, weights)
+    with pytest.raises(ConversionError, match=r"entry = 'model' .* leave it out"):
+        conversion.read(weights, recipe="augreg", fields=HEADS, entry="model")
+
+
+def test_a_timm_file_that_cannot_be_written_leaves_the_one_there(tmp_path, params):
+    path = tmp_path / "new" / "weights.safetensors"
+    conversion.write_timm(path, params, PLAIN)
+    before = path.read_bytes()
+
+    def full(self, content):
+        with self.open("wb") as file:
+            file.write(content[:100])
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pathlib.Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space left"):
+            conversion.write_timm(path, params, PLAIN)
+    assert path.read_bytes() == before and [*path.parent.iterdir()] == [path]
+
+
 def test_shards_are_read_through_their_index(tmp_path, params):
     tensors = family_files.huggingface(params, PLAIN)
     write_hf(tmp_path, tensors)
@@ -150,7 +232,9 @@ def test_a_deit_that_reads_one_token_keeps_the_other_as_a_register(tmp_path):
 def test_an_npz_of_the_original_code_tells_its_heads(
     tmp_path, names, stacked, pre_logits
 ):
-    spec = PLAIN.replace(pre_logits=pre_logits, gelu="tanh", crop_fraction=1.0)
+    spec = PLAIN.replace(
+        pre_logits=pre_logits, gelu="tanh", crop_fraction=1.0, crop_mode="squash"
+    )
     spec = spec.replace(interpolation="bilinear")
     if names == "big_vision":
         spec = spec.replace(pos_embed_prefix=False)
@@ -168,13 +252,8 @@ def test_an_npz_of_the_original_code_tells_its_heads(
 
 @pytest.mark.parametrize("key", [None, "model"])
 def test_a_pth_file_gives_the_params_of_the_same_tensors(tmp_path, params, key):
-    tensors = family_files.timm(params, PLAIN)
-    items, storages = {}, {}
-    for i, (name, value) in enumerate(tensors.items()):
-        strides = [step // 4 for step in value.strides]
-        items[name] = pth_files.tensor(str(i), value.size, value.shape, strides)
-        storages[str(i)] = value
-    top = pth_files.mapping(items)
+    storages = {}
+    top = pth_files.state_dict(family_files.timm(params, PLAIN), storages)
     path = tmp_path / "weights.pth"
     pth_files.write(path, pth_files.mapping({key: top}) if key else top, storages)
     source = read_timm(path)

@@ -11,7 +11,7 @@ import pytest
 
 from flax_skd.io import augment, data
 from flax_skd.io.examples import BadImageError, EncodedSource
-from flax_skd.io.sources import ArraySource
+from flax_skd.io.sources import ArraySource, open_source
 from flax_skd.method.spec import ViTSpec
 
 pil = pytest.importorskip("PIL.Image")
@@ -98,6 +98,28 @@ def test_a_bad_image_stops_evaluation_unless_skipped_by_weight(caplog):
             assert weights.tolist() == [1, 1, 0, 0, 1, 1, 0, 0]
     assert batches.num_skipped == 2
     assert sum("2.png" in r.message for r in caplog.records) == 1
+
+
+@pytest.fixture
+def with_deep_file(tmp_path):
+    """Four images, of which one has 16 bits a channel."""
+    (tmp_path / "a").mkdir()
+    for i in range(4):
+        kind = ("L", "I;16")[i == 2]
+        pil.new(kind, (8, 8), i).save(tmp_path / "a" / f"{i}.png")
+    return open_source(f"folder:{tmp_path}")
+
+
+def test_an_image_that_does_not_serve_is_named_or_skipped(with_deep_file, training):
+    words = r"folder:.*: a/2.png does not serve \(.*I;16.*on_bad_image=skip"
+    evaluation = functools.partial(data.eval_batches, with_deep_file, SPEC)
+    for batches in (evaluation(batch_size=4), training(with_deep_file)):
+        with pytest.raises(BadImageError, match=words):
+            list(itertools.islice(batches, 2))
+    (batch,) = evaluation(batch_size=4, on_bad_image="skip")
+    assert batch["weight"].tolist() == [1, 1, 0, 1]
+    batch = next(training(with_deep_file, on_bad_image="skip"))
+    assert sorted(batch["index"].tolist()) == [0, 1, 3, 3]
 
 
 def test_other_words_for_bad_images_and_empty_batches_are_refused():

@@ -10,6 +10,7 @@ import tarfile
 import jax
 import numpy as np
 import pytest
+from pictures import encoded
 from PIL import Image
 
 import flax_skd
@@ -449,3 +450,23 @@ def test_resuming_on_another_dataset_is_refused(tmp_path, capsys):
     assert main.main([*args, "--resume"]) == 1
     told = capsys.readouterr().err
     assert "dataset" in told and told.count("16 images, ") == 2
+
+
+def test_a_bad_validation_image_is_skipped_if_bad_images_are(tmp_path, capsys):
+    for part, number in (("train", 8), ("test", 3)):
+        for label in ("ant", "bee"):
+            (tmp_path / part / label).mkdir(parents=True)
+            for i in range(number):
+                (tmp_path / part / label / f"{i}.png").write_bytes(encoded(20 * i))
+    (tmp_path / "test" / "bee" / "0.png").write_bytes(b"words")
+    args = ["train", "--config=configs/scratch.py", f"--workdir={tmp_path}/run"]
+    args += [f"--config.data.source=folder:{tmp_path}/train"]
+    args += [f"--config.data.eval_source=folder:{tmp_path}/test"]
+    args += ["--config.data.batch_size=8", "--config.epochs=0.5"]
+    args += ["--config.warmup_epochs=0.0", "--config.model.num_classes=2"]
+    args += ["--config.model.depth=1", "--config.model.width=16"]
+    assert main.main(args) == 1
+    told = capsys.readouterr().err
+    assert "bee/0.png does not decode" in told and "on_bad_image=skip" in told
+    assert main.main([*args, "--overwrite", "--config.data.on_bad_image=skip"]) == 0
+    assert "_top1 " in capsys.readouterr().out

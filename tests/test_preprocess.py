@@ -47,6 +47,21 @@ def test_evaluation_resizes_and_crops_as_torchvision_does(size, resized):
     np.testing.assert_array_equal(preprocess.evaluation(image, spec), expected)
 
 
+def test_a_squashed_image_is_whole_whatever_the_ratio_of_its_sides():
+    spec = SPEC.replace(image_size=224, crop_fraction=0.875, crop_mode="squash")
+    image = photograph(500, 375)
+    square = np.asarray(image.resize((256, 256), pil.Resampling.BICUBIC))
+    expected = square[16:240, 16:240]
+    np.testing.assert_array_equal(preprocess.evaluation(image, spec), expected)
+
+
+@pytest.mark.parametrize("size", [(1, 65_000), (65_000, 1)])
+def test_a_strip_that_would_grow_to_gigabytes_is_refused(size):
+    spec = SPEC.replace(image_size=224)
+    with pytest.raises(preprocess.UnfitImageError, match="14560000 .*MAX_IMAGE_PIX"):
+        preprocess.evaluation(pil.new("L", size), spec)
+
+
 def test_an_image_of_the_resized_size_is_cropped_only():
     spec = SPEC.replace(image_size=224, crop_fraction=0.9)
     image = photograph(248, 248)

@@ -396,3 +396,14 @@ def test_a_full_disk_is_said_before_the_first_step(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"cannot be written \(No space left.*workdir"):
         run_state.claim(tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_resume_by_another_number_of_processes_says_so(tmp_path):
+    (tmp_path / "7" / "data").mkdir(parents=True)
+    (tmp_path / "7" / "data" / "process_0-of-1.json").touch()
+    run_state._check_processes(tmp_path, 7)
+    for index in range(2):
+        (tmp_path / "7" / "data" / f"process_{index}-of-2.json").touch()
+    (tmp_path / "7" / "data" / "process_0-of-1.json").unlink()
+    with pytest.raises(ValueError, match="saved by 2 processes.* has 1: start 2"):
+        run_state._check_processes(tmp_path, 7)

@@ -148,12 +148,30 @@ def test_a_folder_without_images_says_where_images_lie(tmp_path):
         open_source(f"folder:{tmp_path}")
 
 
-def test_more_class_folders_than_classes_is_an_error(tmp_path):
-    for name in ("a", "b"):
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_class_folders_are_as_many_as_the_classes_or_an_error(tmp_path, num_classes):
+    # A folder too few or too many shifts the labels of all after it.
+    for name in ("a", "c", "lost+found", "__MACOSX", ".cache"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.png").write_bytes(encoded(1))
-    with pytest.raises(ValueError, match="b/x.png is 1; allowed are 0 to 0"):
-        open_source(f"folder:{tmp_path}", num_classes=1)
+    assert len(open_source(f"folder:{tmp_path}", num_classes=2)) == 2
+    words = rf"2 class folders \(a, c\) and the network {num_classes} classes.*empty"
+    with pytest.raises(ValueError, match=words):
+        open_source(f"folder:{tmp_path}", num_classes=num_classes)
+
+
+def test_an_empty_folder_is_a_class_without_images(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "c" / "x.png").write_bytes(encoded(1))
+    assert open_source(f"folder:{tmp_path}", num_classes=3)[0].label == 2
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").write_bytes(encoded(1))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(open_source("folder:~")) == 1
 
 
 # Images that do not decode.

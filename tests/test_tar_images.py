@@ -28,6 +28,26 @@ def test_a_tar_reads_its_class_folders(tmp_path):
     assert source.num_classes == 2
 
 
+def test_names_that_begin_with_a_dot_and_a_slash_are_the_same_names(tmp_path):
+    # As `tar cf x.tar .` writes them, and `tar rf x.tar bee/3.png` after it.
+    members = {"./bee/1.png": encoded(20), "./ant/1.png": encoded(10)}
+    members["bee/3.png"] = encoded(30)
+    source = open_source(write_tar(tmp_path / "t.tar", members), num_classes=2)
+    want = [(10, 0, "ant/1.png"), (20, 1, "bee/1.png"), (30, 1, "bee/3.png")]
+    assert contents(source) == want
+    table = b'{"ant/1.png": 4, "./bee/1.png": 3, "3.png": 2}'
+    text = write_tar(tmp_path / "l.tar", members | {"./labels.json": table})
+    assert [label for _, label, _ in contents(open_source(text))] == [4, 3, 2]
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_class_folders_of_a_tar_are_as_many_as_the_classes(tmp_path, num_classes):
+    members = {"bee/1.png": encoded(20), "ant/2.png": encoded(10)}
+    text = write_tar(tmp_path / "t.tar", members)
+    with pytest.raises(ValueError, match=r"2 class folders \(ant, bee\).*FILE.json"):
+        open_source(text, num_classes=num_classes)
+
+
 def test_a_tar_of_one_image_a_class_is_labelled_by_order_only_when_asked(tmp_path):
     members = {"s/b.png": encoded(20), "s/a.png": encoded(10)}
     text = write_tar(tmp_path / "t.tar", members)

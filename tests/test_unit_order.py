@@ -180,3 +180,11 @@ def test_numbers_that_are_not_finite_are_refused():
     covariance[1, 2] = np.nan
     with pytest.raises(ValueError, match="must be finite"):
         greedy(covariance, w2)
+
+
+def test_a_covariance_that_is_none_is_refused():
+    # As rounding leaves it where few images make features that hardly vary.
+    covariance = np.eye(6)
+    covariance[0, 1] = covariance[1, 0] = 1.1
+    with pytest.raises(ValueError, match=r"order of hidden units.*take more images"):
+        greedy(covariance, np.ones((6, 2)))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_skd.io import source_fields, tensor_layout, tensor_sizes
+from flax_skd.io import directory, source_fields, tensor_layout, tensor_sizes
 from flax_skd.io.extras import require
 from flax_skd.io.key_tables import PATCH_KERNEL, REFUSED, TABLES, Flat
 from flax_skd.io.source_fields import RECIPES
@@ -50,6 +50,7 @@ def read(
     recipe: str | None = None,
     fields: dict[str, Any] | None = None,
     image_size: int | None = None,
+    entry: str | None = None,
 ) -> Source:
     """Reads a ViT checkpoint of timm/DeiT, Hugging Face, AugReg or big_vision.
 
@@ -58,13 +59,15 @@ def read(
     `variant` and `recipe`. Names of files and architectures are never interpreted.
 
     Args:
-      path: a .safetensors, .npz, .pth, .pt or .bin file, which stands alone, or a
-        folder with such weights and `config.json`.
+      path: a .safetensors, .npz, .pth, .pth.tar, .pt or .bin file, which stands alone,
+        or a folder with such weights and `config.json`.
       variant: a published size, such as `Ti/16`; gives the heads, and the tensors must
         agree.
       recipe: a key of `RECIPES`: how the family was trained and is evaluated.
       fields: of `ViTSpec`; they win over config and recipe, not over the tensors.
       image_size: pixels; position embeddings of another size are resampled.
+      entry: of a `.pth` file that holds several state dicts, which to take, such as
+        `model_ema` or `state_dict_ema`.
 
     Returns:
       The params as float32, whatever the file's float type, and where they came from.
@@ -74,8 +77,8 @@ def read(
         wrong keys (listed together), or if a field stays unknown or is contradicted.
       torch_pickle.TorchFileError: if a `.pth` file is damaged or unsafe.
     """
-    files, beside = locate(pathlib.Path(path))
-    tensors = read_tensors(files)
+    files, beside = locate(pathlib.Path(path).expanduser())
+    tensors = read_tensors(files, entry=entry)
     try:
         family = _family(tensors)
         found = tensor_sizes.flatten(tensors, family)
@@ -216,7 +219,12 @@ def to_timm(params: dict[str, Any], spec: ViTSpec) -> dict[str, np.ndarray]:
 
 
 def write_timm(path: str | os.PathLike, params: dict[str, Any], spec: ViTSpec) -> None:
-    """Writes `to_timm(params, spec)` as safetensors.
+    """Writes `to_timm(params, spec)` as safetensors, whole or not at all.
+
+    Args:
+      path: of the file, whose folder is made; what is there is replaced.
+      params: of the full network.
+      spec: its sizes.
 
     Raises:
       ConversionError: if params and spec disagree.
@@ -224,4 +232,7 @@ def write_timm(path: str | os.PathLike, params: dict[str, Any], spec: ViTSpec) -
     # Not save_file, which lets nobody else read what it wrote.
     save = require("safetensors.numpy").save
     content = save(to_timm(params, spec), metadata={"format": "pt"})
-    pathlib.Path(path).write_bytes(content)
+    target = directory.local(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with directory.replaced(target) as fresh:
+        fresh.write_bytes(content)

@@ -4,17 +4,16 @@ import collections
 import concurrent.futures
 import dataclasses
 import itertools
-import logging
 import math
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from flax_skd.io import preprocess
+from flax_skd.io.bad_images import BadImages, prepared
 from flax_skd.io.examples import BadImageError, Source
 from flax_skd.io.extras import require
 from flax_skd.method.spec import ViTSpec
@@ -22,34 +21,8 @@ from flax_skd.method.spec import ViTSpec
 Batch = dict[str, np.ndarray]
 Augment = Callable[[Any, np.random.Generator, ViTSpec], np.ndarray]
 
-_LOG = logging.getLogger(__name__)
 _AHEAD = 2  # batches decoded before they are asked for
 _STACK = 16  # most images that one thread prepares in a go
-_CHOICES = ("error", "skip")
-
-
-class _BadImages:
-    """What is done with images that do not decode, and which they were."""
-
-    def __init__(self, on_bad_image: str):
-        if on_bad_image not in _CHOICES:
-            raise ValueError(f"on_bad_image = {on_bad_image!r}: choose of {_CHOICES}.")
-        self._skip = on_bad_image == "skip"
-        self._seen: set[int] = set()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._seen)
-
-    def meet(self, index: int, error: BadImageError) -> None:
-        """Raises `error`, or notes it and logs it once."""
-        if not self._skip:
-            raise error
-        with self._lock:
-            new, _ = index not in self._seen, self._seen.add(index)
-            count = len(self._seen)
-        if new:
-            _LOG.warning("skipped image %d (%d so far): %s", index, count, error)
 
 
 def _threads() -> int:
@@ -69,7 +42,7 @@ class EvalBatches:
     spec: ViTSpec
     batch_size: int
     indices: Sequence[int]
-    bad: _BadImages
+    bad: BadImages
     rows: tuple[int, int] | None = None
 
     def __len__(self) -> int:
@@ -121,9 +94,11 @@ class EvalBatches:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _load(self, index: int) -> tuple[np.ndarray, int] | None:
+        def prepare(image):
+            return preprocess.evaluation(image, self.spec)
+
         try:
-            example = self.source[index]
-            return preprocess.evaluation(example.image, self.spec), example.label
+            return prepared(self.source, index, prepare)
         except BadImageError as error:
             self.bad.meet(index, error)
             return None
@@ -156,7 +131,8 @@ def eval_batches(
     Args:
       source: of images; see `flax_skd.io.sources.open_source`.
       spec: says size, channels, crop and interpolation.
-      on_bad_image: `error`, or `skip`: an image that does not decode gets weight 0.
+      on_bad_image: `error`, or `skip`: an image that does not decode, or does not
+        serve (16 bits a channel), gets weight 0.
       indices: positions in the source, in the order wanted; all of them if None.
 
     Returns:
@@ -176,7 +152,7 @@ def eval_batches(
             f"indices must be positions in {source.name}, at least one of 0 to "
             f"{len(source) - 1}."
         )
-    return EvalBatches(source, spec, batch_size, indices, _BadImages(on_bad_image))
+    return EvalBatches(source, spec, batch_size, indices, BadImages(on_bad_image))
 
 
 @dataclasses.dataclass
@@ -186,20 +162,23 @@ class _TrainLoader:
     source: Source
     spec: ViTSpec
     augment: Augment
-    bad: _BadImages
+    bad: BadImages
 
     def __call__(self, index: int, rng: np.random.Generator) -> Batch:
+        def prepare(image):
+            return self.augment(image, rng, self.spec)
+
         total = len(self.source)
         for step in range(total):
             position = (int(index) + step) % total
             try:
-                example = self.source[position]
+                image, label = prepared(self.source, position, prepare)
             except BadImageError as error:
                 self.bad.meet(position, error)
                 continue
             return {
-                "image": self.augment(example.image, rng, self.spec),
-                "label": np.int32(example.label),
+                "image": image,
+                "label": np.int32(label),
                 "index": np.int32(position),
             }
         raise ValueError(f"no image of {self.source.name} decodes.")
@@ -278,7 +257,7 @@ def train_batches(
             "choose a smaller batch."
         )
     grain, share = require("grain"), batch_size // process_count
-    loader = _TrainLoader(source, spec, augment, _BadImages(on_bad_image))
+    loader = _TrainLoader(source, spec, augment, BadImages(on_bad_image))
     positions = grain.MapDataset.range(len(source)).seed(seed).shuffle()
     if repeats == 1:
         # The slice of all is no idle step: steps before the draws decide their seeds.

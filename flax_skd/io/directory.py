@@ -1,11 +1,13 @@
 """Directories that this package writes: whole or not at all, and read with care."""
 
+import contextlib
+import errno
 import json
 import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -60,10 +62,21 @@ def write_whole(
         fresh.mkdir(parents=True)
         try:
             write(fresh)
-            _move(fresh, target)
+            _move(fresh, target, overwrite)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     barrier(f"wrote {target.name}")
+
+
+@contextlib.contextmanager
+def replaced(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new name to write a file at, which takes the name `path` if all goes well."""
+    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield fresh
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def check_target(
@@ -94,11 +107,39 @@ def check_target(
             f"{target} holds {there}; only a directory of {sorted(files)} is replaced. "
             "Name another one."
         )
+    _check_place(target)
 
 
-def _move(fresh: pathlib.Path, target: pathlib.Path) -> None:
-    if not target.exists():
-        fresh.rename(target)
+def _check_place(target: pathlib.Path) -> None:
+    """A directory is made beside its name and moved there: said before the work."""
+    if target.exists():
+        here = pathlib.Path.cwd()
+        standing = target in (here, *here.parents)
+        if standing or os.path.ismount(target):
+            what = "the current directory" if standing else "a mount point"
+            raise ValueError(
+                f"{target} is {what} and is not replaced: name a new folder in it, "
+                f"such as {target / 'network'}."
+            )
+    parent = next(p for p in target.parents if p.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{target} cannot be made: {parent} is read-only or not yours; name a "
+            "place where you may write."
+        )
+
+
+def _move(fresh: pathlib.Path, target: pathlib.Path, overwrite: bool) -> None:
+    if not (overwrite and target.exists()):
+        try:
+            fresh.rename(target)  # takes the place of an empty directory
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise ValueError(
+                f"{target} was filled meanwhile by another program, whose files are "
+                "left as they are: name another directory."
+            ) from error
         return
     old = fresh.with_suffix(".old")
     target.rename(old)
@@ -184,20 +225,25 @@ def read_json(
     """
     fields = parse(path, json.loads, path.read_bytes())
     fields = fields if isinstance(fields, dict) else {}
+    _check_format(path, noun, fields)
     wanted = names | {"format", "format_version", "package_version"}
     surplus = sorted(set(fields) - wanted - may_have)
     missing = sorted(wanted - set(fields))
     if surplus or missing:
         raise ValueError(f"{path}: unknown fields {surplus}, missing fields {missing}.")
-    if fields["format"] != f"flax_skd {noun}":
+    return fields
+
+
+def _check_format(path: pathlib.Path, noun: str, fields: dict[str, Any]) -> None:
+    """Before the fields: those of another version are other ones."""
+    if fields.get("format", f"flax_skd {noun}") != f"flax_skd {noun}":
         raise ValueError(f"{path} says it is a {fields['format']!r}, not a {noun}.")
-    if fields["format_version"] != FORMAT_VERSION:
+    if fields.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {fields['format_version']!r}, this program "
             f"reads {FORMAT_VERSION}: use the flax_skd version that wrote it "
-            f"({fields['package_version']})."
+            f"({fields.get('package_version')})."
         )
-    return fields
 
 
 def parse(path: pathlib.Path, read: Callable[[Any], T], value: Any) -> T:

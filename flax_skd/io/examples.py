@@ -46,7 +46,7 @@ class Source(Protocol):
 
 
 class BadImageError(ValueError):
-    """An image that does not decode; `example` is its name."""
+    """An image that does not decode or does not serve; `example` is its name."""
 
     def __init__(self, message: str, example: str):
         super().__init__(message, example)  # both in args, so that it pickles
@@ -54,6 +54,40 @@ class BadImageError(ValueError):
 
     def __str__(self) -> str:
         return self.args[0]
+
+
+# Folders that systems leave behind beside those of classes.
+_STRAY = ("lost+found", "__MACOSX", "@eaDir")
+
+
+def is_class(folder: str) -> bool:
+    """Whether a folder of this name may stand for a class."""
+    return not folder.startswith(".") and folder not in _STRAY
+
+
+def check_classes(
+    folders: Sequence[str], *, source: str, num_classes: int | None, missing: str
+) -> None:
+    """Raises ValueError unless there is a folder for each of `num_classes`.
+
+    Folders are numbered in the order of their names, so that one too few or too many
+    would shift the labels of all after it.
+
+    Args:
+      folders: names of the class folders.
+      source: name of the source, for the error.
+      num_classes: None if any number serves.
+      missing: what to do where a class has no images, for the error.
+    """
+    if num_classes in (None, len(folders)):
+        return
+    some = ", ".join(folders[:8]) + (", ..." if len(folders) > 8 else "")
+    raise ValueError(
+        f"{source} has {len(folders)} class folders ({some}) and the network "
+        f"{num_classes} classes. A label is the place of the folder among the names in "
+        f"order: take away what is no class; for a class without images {missing}; or "
+        f"give the right num_classes."
+    )
 
 
 def check_file(path: str, source: str) -> None:
@@ -88,16 +122,17 @@ def decode(data: bytes, *, source: str, name: str):
         image.load()
     except pil.UnidentifiedImageError as error:
         reason = f"not one of {', '.join(FORMATS)}"
-        raise _bad(source, name, reason) from error
+        raise bad_image(source, name, f"does not decode ({reason})") from error
     except Exception as error:  # decoders raise almost anything on a damaged file
-        raise _bad(source, name, error) from error
+        raise bad_image(source, name, f"does not decode ({error})") from error
     return image
 
 
-def _bad(source: str, name: str, reason: object) -> BadImageError:
+def bad_image(source: str, name: str, problem: str) -> BadImageError:
+    """The error of one image of a source, which says what to do."""
     return BadImageError(
-        f"{source}: {name} does not decode ({reason}): mend or remove the file, or "
-        "pass on_bad_image='skip'.",
+        f"{source}: {name} {problem}: mend or remove the file, or pass "
+        "on_bad_image='skip' (--config.data.on_bad_image=skip).",
         name,
     )
 

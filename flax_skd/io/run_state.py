@@ -213,6 +213,7 @@ class Checkpoints:
                 + "\n  ".join(wrong)
                 + "\nResume with the saved config, or start anew in another workdir."
             )
+        _check_processes(self._folder, step)
         _check_shapes(self._folder, step, state)
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         data = grain.CheckpointRestore(self._batches)
@@ -260,6 +261,18 @@ class Checkpoints:
                 "or mend its permissions, then run the same again with --resume. Last "
                 f"good checkpoint: {self._newest()}."
             ) from error
+
+
+def _check_processes(path: pathlib.Path, step: int) -> None:
+    """Each process has a place in the data of its own, which no other number fits."""
+    names = (path / str(step) / "data").glob("process_*-of-*.json")
+    saved = {int(name.stem.rpartition("-")[2]) for name in names}
+    if saved and saved != {jax.process_count()}:
+        raise ValueError(
+            f"checkpoint {step} in {path} was saved by {max(saved)} processes, of which "
+            f"each had its part of the images, and this run has {jax.process_count()}: "
+            f"start {max(saved)}. They may have other numbers of devices."
+        )
 
 
 def _check_shapes(path: Any, step: int, state: Any) -> None:

@@ -15,7 +15,7 @@ _IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 RECIPES: dict[str, dict[str, Any]] = {
     # timm's port of AugReg, run with timm's layers.
     "augreg": {**_EXACT, "mean": HALF, "std": HALF, "crop_fraction": 0.9},
-    # The same weights as vit_jax runs them: tanh GELU, plain resize, no crop.
+    # The same weights as vit_jax runs them: tanh GELU, a square of the whole image.
     "augreg_jax": {
         **_EXACT,
         "gelu": "tanh",
@@ -23,6 +23,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "mean": HALF,
         "std": HALF,
         "crop_fraction": 1.0,
+        "crop_mode": "squash",
     },
     # 0.9 as timm evaluates DeiT at 224 pixels.
     "deit": {**_EXACT, **_IMAGENET, "crop_fraction": 0.9},
@@ -68,7 +69,7 @@ def from_timm(beside: dict[str, dict]) -> dict[str, Any]:
     if not isinstance(trained, dict):
         raise ConversionError("config.json: pretrained_cfg is no JSON object.")
     names = {"mean": "mean", "std": "std", "crop_fraction": "crop_pct"}
-    names["interpolation"] = "interpolation"
+    names |= {name: name for name in ("interpolation", "crop_mode")}
     found = {k: trained[n] for k, n in names.items() if n in trained}
     if config.get("global_pool"):
         found["pool"] = config["global_pool"]
@@ -97,13 +98,12 @@ def from_huggingface(beside: dict[str, dict]) -> dict[str, Any]:
 def _preprocessing(processor: dict[str, Any]) -> dict[str, Any]:
     if not processor:
         return {}
-    found: dict[str, Any] = {}
-    if processor.get("do_normalize", True):
-        for name in ("mean", "std"):
-            if f"image_{name}" in processor:
-                found[name] = processor[f"image_{name}"]
-    else:
-        found |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    if not processor.get("do_resize", True):
+        raise ConversionError(
+            "preprocessor_config.json: do_resize = false leaves images as large as they "
+            "come, and this network takes one size: set it to true, with a size."
+        )
+    found = _normalisation(processor)
     if "resample" in processor:
         if processor["resample"] not in (2, 3):
             raise ConversionError(
@@ -116,7 +116,45 @@ def _preprocessing(processor: dict[str, Any]) -> dict[str, Any]:
     elif "size" in processor and "crop_size" in processor:
         sides = _side(processor["crop_size"]), _side(processor["size"])
         found["crop_fraction"] = sides[0] / sides[1]
+    if "size" in processor:
+        found["crop_mode"] = "squash" if _is_square(processor) else "center"
     return found
+
+
+def _normalisation(processor: dict[str, Any]) -> dict[str, Any]:
+    """Mean and std of pixels scaled to [0, 1], whatever they are scaled to there."""
+    factor = processor.get("rescale_factor", 1 / 255)
+    if not processor.get("do_rescale", True):
+        factor = 1.0
+    if type(factor) not in (int, float) or not 0 < factor < float("inf"):
+        raise ConversionError(
+            f"preprocessor_config.json: rescale_factor = {factor!r} is no positive "
+            "number."
+        )
+    found = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    if processor.get("do_normalize", True):
+        names = [name for name in found if f"image_{name}" in processor]
+        found = {name: processor[f"image_{name}"] for name in names}
+    if abs(255 * factor - 1) < 1e-6:
+        return found
+    try:
+        return {k: [x / (255 * factor) for x in v] for k, v in found.items()}
+    except TypeError as error:
+        raise ConversionError(
+            "preprocessor_config.json: image_mean and image_std must be lists of "
+            f"numbers, not {found}."
+        ) from error
+
+
+def _is_square(processor: dict[str, Any]) -> bool:
+    """Whether `size` is of both sides. One number is, but for CLIP's and BiT's kinds."""
+    size = processor["size"]
+    if isinstance(size, dict):
+        return "shortest_edge" not in size
+    kind = str(
+        processor.get("image_processor_type", processor.get("feature_extractor_type"))
+    )
+    return not kind.startswith(("CLIP", "Bit"))
 
 
 def _side(size: Any) -> float:

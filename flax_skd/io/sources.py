@@ -16,8 +16,10 @@ from flax_skd.io.examples import (
     EncodedSource,
     Example,
     Source,
+    check_classes,
     check_labels,
     decode,
+    is_class,
 )
 from flax_skd.io.extras import require
 
@@ -49,7 +51,7 @@ def open_source(
         `npz:PATH[:SPLIT]` or `tfds:NAME:SPLIT`.
       labels: of a tar only: `sorted` (one image a class, sorted by file name) or the
         path of a JSON file {file name: class}.
-      num_classes: if given, labels must lie below it.
+      num_classes: if given, labels must lie below it, and class folders be as many.
 
     Raises:
       ValueError: if there is no such source or it does not serve; the message names
@@ -64,6 +66,8 @@ def open_source(
         raise ValueError(f"num_classes = {num_classes} must be at least 1, or None.")
     if kind == "digits" and rest in ("", "train", "test"):
         return _digits(rest, description, num_classes)
+    if kind in ("folder", "tar", "npz"):
+        rest = os.path.expanduser(rest)
     if kind == "folder" and rest:
         return _folder(rest, num_classes)
     if kind == "tar" and rest:
@@ -155,7 +159,7 @@ def _folder(path: str, num_classes: int | None) -> EncodedSource:
     classes = sorted(
         entry.name
         for entry in os.scandir(root)
-        if entry.is_dir() and not entry.name.startswith(".")
+        if entry.is_dir() and is_class(entry.name)
     )
     names, labels = [], []
     for label, folder in enumerate(classes):
@@ -169,12 +173,14 @@ def _folder(path: str, num_classes: int | None) -> EncodedSource:
             f"{name}: no image found; images lie in {path}/CLASS/NAME with NAME "
             f"ending in one of {', '.join(SUFFIXES)}."
         )
+    remedy = "make an empty folder of its name"
+    check_classes(classes, source=name, num_classes=num_classes, missing=remedy)
     return EncodedSource(
         _FileReader([str(root / n) for n in names]),
         names,
         labels=labels,
         name=name,
-        num_classes=num_classes or len(classes),
+        num_classes=len(classes),
     )
 
 

@@ -11,7 +11,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from flax_skd.io.examples import SUFFIXES, EncodedSource, check_file
+from flax_skd.io.examples import (
+    SUFFIXES,
+    EncodedSource,
+    check_classes,
+    check_file,
+    is_class,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +56,7 @@ def open_tar(
     Args:
       labels: `sorted` if there is one image a class and its index, sorted by file
         name, is the class; or the path of a JSON file {file name: class}.
-      num_classes: if given, labels must lie below it.
+      num_classes: if given, labels must lie below it, and class folders be as many.
 
     Raises:
       ValueError: if it is no such tar, holds no image, or a label is missing or
@@ -73,7 +79,7 @@ def open_tar(
         where = f"{inside} in {path}"
         found, known = _labels_of(files, _parse_json(text, where), where), None
     else:
-        found, known = _labels_of_folders(files, name)
+        found, known = _labels_of_folders(files, name, num_classes)
     return EncodedSource(
         _TarReader(path, np.asarray([members[m] for m in files], np.int64)),
         files,
@@ -84,7 +90,10 @@ def open_tar(
 
 
 def _index_tar(path: str) -> dict[str, tuple[int, int]]:
-    """{name: (offset, size)} of the regular files; the later of two wins, as in tar."""
+    """{name: (offset, size)} of the regular files; the later of two wins, as in tar.
+
+    `./a` is `a`, which tar writes of a folder that it is given as `.`.
+    """
     check_file(path, f"tar:{path}")
     end, last, members = os.path.getsize(path), -1, {}
     try:
@@ -100,7 +109,10 @@ def _index_tar(path: str) -> dict[str, tuple[int, int]]:
                     continue
                 if member.offset_data + member.size > end:
                     raise tarfile.ReadError(f"{member.name} is cut short")
-                members[member.name] = (member.offset_data, member.size)
+                members[posixpath.normpath(member.name)] = (
+                    member.offset_data,
+                    member.size,
+                )
                 tar.members.clear()  # else every header is kept
             stop = tar.offset
         with open(path, "rb") as file:  # tarfile takes a damaged header for the end
@@ -125,6 +137,7 @@ def _is_plain(member: tarfile.TarInfo) -> bool:
     parts = member.name.split("/")
     outside = ".." in parts or member.name.startswith("/")
     hidden = parts[-1].startswith(".")  # such as the ._name files of a Mac
+    hidden |= not all(is_class(p) for p in parts[:-1] if p != ".")
     return member.isreg() and not member.issparse() and not outside and not hidden
 
 
@@ -155,6 +168,7 @@ def _parse_json(text: bytes, where: str) -> dict[str, Any]:
 
 def _labels_of(files: list[str], table: dict[str, Any], where: str) -> list[Any]:
     """Looks up each file by its path, else by its name if no other has that name."""
+    table = {posixpath.normpath(name): label for name, label in table.items()}
     count = collections.Counter(map(posixpath.basename, files))
     short = {f: name for f in files if count[name := posixpath.basename(f)] == 1}
     keys = [f if f in table else short.get(f, f) for f in files]
@@ -167,7 +181,9 @@ def _labels_of(files: list[str], table: dict[str, Any], where: str) -> list[Any]
     return [table[key] for key in keys]
 
 
-def _labels_of_folders(files: list[str], name: str) -> tuple[list[int], int]:
+def _labels_of_folders(
+    files: list[str], name: str, num_classes: int | None
+) -> tuple[list[int], int]:
     folders = [posixpath.dirname(f) for f in files]
     classes = {folder: i for i, folder in enumerate(sorted(set(folders)))}
     if len(classes) < 2 or "" in classes:
@@ -177,4 +193,6 @@ def _labels_of_folders(files: list[str], name: str) -> tuple[list[int], int]:
             "there is one image a class in the order of the names, or the path of a "
             "JSON file {file name: class}."
         )
+    remedy = "pass labels='FILE.json' with {file name: class}"
+    check_classes([*classes], source=name, num_classes=num_classes, missing=remedy)
     return [classes[folder] for folder in folders], len(classes)

@@ -267,8 +267,8 @@ def _state_dict(saved: Any, entry: str | None) -> dict[str, np.ndarray]:
         saved = saved[entry]
     elif len(found) > 1:
         raise TorchFileError(
-            f"it holds several state dicts, {found}: choose one by entry=, or save "
-            "the one wanted alone."
+            f"it holds several state dicts, {found}: choose one by entry= "
+            "(--config.model.entry=NAME)."
         )
     elif found:
         saved = saved[found[0]]

@@ -85,8 +85,14 @@ def _shards(index: pathlib.Path) -> list[pathlib.Path]:
     return [index.parent / name for name in names]
 
 
-def read_tensors(files: list[pathlib.Path]) -> dict[str, np.ndarray]:
+def read_tensors(
+    files: list[pathlib.Path], *, entry: str | None = None
+) -> dict[str, np.ndarray]:
     """All tensors of these files as finite float32.
+
+    Args:
+      files: of `locate`.
+      entry: of `torch_pickle.load`; other kinds of files have no entries.
 
     Raises:
       ConversionError: if a file is cut short or damaged, of an unknown kind, or a
@@ -95,7 +101,7 @@ def read_tensors(files: list[pathlib.Path]) -> dict[str, np.ndarray]:
     """
     tensors: dict[str, np.ndarray] = {}
     for file in files:
-        found = _read_file(file)
+        found = _read_file(file, entry)
         twice = sorted(set(found) & set(tensors))
         if twice:
             raise ConversionError(f"{file}: in an earlier shard already: {twice}.")
@@ -120,16 +126,21 @@ def _problem(values: np.ndarray) -> str:
     return f"{values.dtype} of shape {list(values.shape)}"
 
 
-def _read_file(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_file(path: pathlib.Path, entry: str | None) -> dict[str, np.ndarray]:
+    if path.suffix in _SUFFIXES[2:] or path.name.endswith(".pth.tar"):
+        return torch_pickle.load(path, entry=entry)
+    if entry is not None:
+        raise ConversionError(
+            f"{path}: entry = {entry!r} chooses within a .pth file, and this is none: "
+            "leave it out."
+        )
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix == ".npz":
         return _read_npz(path)
-    if path.suffix in _SUFFIXES:
-        return torch_pickle.load(path)
     raise ConversionError(
-        f"{path}: unknown kind of file, expected one of {', '.join(_SUFFIXES)}, or a "
-        "folder."
+        f"{path}: unknown kind of file, expected one of {', '.join(_SUFFIXES)}, "
+        ".pth.tar, or a folder."
     )
 
 

@@ -18,7 +18,7 @@ from flax_skd.method.piad import DropoutList
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 
 # Fields of a spec that say which pixels come in, and change no time.
-_UNTIMED = ("mean", "std", "crop_fraction", "interpolation", "norm_eps")
+_UNTIMED = ("mean", "std", "crop_fraction", "interpolation", "crop_mode", "norm_eps")
 # The least that all dims of a kind may take together, as a share of the time.
 _LEAST = 1e-3
 

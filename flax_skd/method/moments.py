@@ -75,8 +75,8 @@ def factor_of(covariance: Any, ridge: float, where: str) -> np.ndarray:
     if not np.isfinite(factor).all():
         raise ValueError(
             f"{where}: the covariance is not finite, or has an eigenvalue below "
-            f"-{ridge} of its mean variance: look for NaN or inf in the features, or "
-            "raise ridge."
+            f"-{ridge} of its mean variance: look for NaN or inf in the features, take "
+            "more images, or raise ridge."
         )
     return factor
 

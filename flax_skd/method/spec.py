@@ -18,6 +18,7 @@ _CHOICES = {
     "pool": ("token", "avg"),
     "gelu": ("exact", "tanh"),
     "interpolation": ("bicubic", "bilinear"),
+    "crop_mode": ("center", "squash"),
 }
 
 
@@ -41,8 +42,9 @@ class ViTSpec:
       norm_eps: LayerNorm epsilon.
       mean, std: the image normalisation the parameters were trained with, of pixels
         scaled to [0, 1].
-      crop_fraction: evaluation resizes the short side to `image_size /
-        crop_fraction` and takes the central square.
+      crop_fraction, crop_mode: evaluation resizes the short side (`center`), or both
+        sides whatever their ratio (`squash`), to `image_size / crop_fraction` and takes
+        the central square.
 
     Raises:
       ValueError: if a size is not possible; the message says which and why.
@@ -73,6 +75,7 @@ class ViTSpec:
     std: tuple[float, ...] = HALF
     crop_fraction: float = 0.9
     interpolation: str = "bicubic"
+    crop_mode: str = "center"
 
     def __post_init__(self):
         if not self.head_dim:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_skd.method.moments import RIDGE, regularised
+from flax_skd.method.moments import RIDGE, factor_of, regularised
 from flax_skd.method.vit import Array
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -94,7 +94,8 @@ def greedy(
       Indices [M], kept longest first.
 
     Raises:
-      ValueError: if the shapes do not belong together or a number is not finite.
+      ValueError: if the shapes do not belong together, a number is not finite, or the
+        covariance has eigenvalues below -ridge of its mean variance.
     """
     covariance, w2 = (np.asarray(x, np.float64) for x in (covariance, w2))
     size = len(w2)
@@ -109,6 +110,9 @@ def greedy(
     spread = covariance.diagonal()
     dead = spread <= _DEAD * spread.max()
     moment = regularised(covariance, ridge)
+    factor_of(
+        covariance, ridge, "order of hidden units"
+    )  # fails where S is not positive
     kept, removed = np.flatnonzero(~dead), [*np.flatnonzero(dead)[::-1]]
     while len(kept):
         count = len(kept) if len(kept) <= _SMALLEST_STAGE else len(kept) // 2

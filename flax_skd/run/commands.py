@@ -37,7 +37,7 @@ def load_network(model: Any) -> SuperNet:
             "no network: give --config.model.path, a weights file or a directory that "
             "convert, train or contract wrote."
         )
-    path = pathlib.Path(model.path)
+    path = pathlib.Path(model.path).expanduser()
     if (path / checkpoint.SUPERNET_FILES[0]).is_file():
         network = checkpoint.load_supernet(path)
         if model.image_size not in (0, network.spec.image_size):
@@ -52,6 +52,7 @@ def load_network(model: Any) -> SuperNet:
         recipe=model.recipe or None,
         fields={k: v for k, v in model.fields.items() if v is not None},
         image_size=model.image_size or None,
+        entry=model.get("entry", "") or None,
     )
     facts = {"file": path.name, "sha256": source.sha256, "family": source.family}
     full = piad.from_rows([SubnetSpec.full(source.spec)], source.spec)

@@ -120,7 +120,8 @@ def fitted_to(
     """`recalibrated` by the images of a source, a fifth of them held out.
 
     Args:
-      description: as of `sources.open_source`; no label is read.
+      description: as of `sources.open_source`; no label is read, and images that do
+        not decode are logged and passed over.
       images: at most so many, chosen by `seed`.
       batch_size: of the passes.
       seed: of the choice.
@@ -145,6 +146,7 @@ def fitted_to(
                 source,
                 network.spec,
                 batch_size=min(batch_size, len(part)),
+                on_bad_image="skip",
                 indices=[*map(int, part)],
             )
             for part in parts

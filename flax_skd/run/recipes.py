@@ -121,7 +121,10 @@ def _orders(network: SuperNet, stats: Statistics, recipe: Recipe):
         w2 = np.asarray(block["mlp"]["fc2"]["kernel"], np.float64)
         if "layer_scale2" in block:
             w2 = w2 * np.asarray(block["layer_scale2"], np.float64)
-        found.append(order(_moment(stats, i, "mlp", recipe.tokens)[1], w2))
+        try:
+            found.append(order(_moment(stats, i, "mlp", recipe.tokens)[1], w2))
+        except ValueError as error:
+            raise ValueError(f"block {i}: {error}") from error
     return tuple(found)
 
 

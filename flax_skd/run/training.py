@@ -183,7 +183,12 @@ def _evaluator(
         return None
     model, spec = program.model, program.model.spec
     source = sources.open_source(config.data.eval_source, num_classes=spec.num_classes)
-    batches = data.eval_batches(source, spec, batch_size=config.data.batch_size)
+    batches = data.eval_batches(
+        source,
+        spec,
+        batch_size=config.data.batch_size,
+        on_bad_image=config.data.on_bad_image,
+    )
     images = feed.OnMesh(batches, mesh)
 
     def evaluator(state):

@@ -146,5 +146,5 @@ def _without_heads(path: str, x: np.ndarray) -> np.ndarray:
 def preprocessing(spec: ViTSpec) -> dict[str, Any]:
     """What every format states of its images, as JSON holds it."""
     names = ("image_size", "in_channels", "mean", "std")
-    names += ("crop_fraction", "interpolation")
+    names += ("crop_fraction", "crop_mode", "interpolation")
     return {k: v for k, v in dataclasses.asdict(spec).items() if k in names}
