@@ -38,6 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data = ConfigDict()
     config.data.source = ""
     config.data.eval_source = ""
+    config.data.eval_labels = ""  # of a tar, as data.labels
     config.data.labels = ""
     config.data.images = 0  # so many of them, the same ones every time; 0 for all
     config.data.batch_size = 128

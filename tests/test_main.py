@@ -5,6 +5,7 @@ import io
 import json
 import pathlib
 import re
+import shutil
 import tarfile
 
 import jax
@@ -123,6 +124,27 @@ def test_sweep_writes_a_table_and_resumes_with_the_criteria_it_lacks(
     assert main.main([*args, "--resume", "--config.compare=taylor1"]) == 0
     both = json.loads((out / "sweep.json").read_text())
     assert both[:5] == first and {r["criterion"] for r in both[5:]} == {"taylor1"}
+    capsys.readouterr()
+    for other, words in (
+        ("--config.kept=1/4", "kept: saved '1/2,3/4', now '1/4'"),
+        ("--config.data.images=10", "images: saved '40 images"),
+        ("--config.dtype=bfloat16", "dtype: saved 'float32', now 'bfloat16'"),
+    ):
+        assert main.main([*args, "--resume", "--config.compare=random", other]) == 1
+        assert words in capsys.readouterr().err
+    assert json.loads((out / "sweep.json").read_text()) == both
+
+
+def test_a_sweep_of_another_network_is_not_resumed(supernet, files, capsys, tmp_path):
+    shutil.copytree(supernet, tmp_path / "net")
+    args = ["sweep", f"--workdir={tmp_path}/net", "--config.cuts=mlp"]
+    args += [f"--config.data.source=tar:{files}/images.tar", "--config.kept=1/2"]
+    assert main.main([*args, "--config.data.batch_size=16"]) == 0
+    fields = json.loads((tmp_path / "net" / "supernet.json").read_text())
+    fields["provenance"]["note"] = "another"
+    (tmp_path / "net" / "supernet.json").write_text(json.dumps(fields))
+    assert main.main([*args, "--config.data.batch_size=16", "--resume"]) == 1
+    assert "sweep.json is of another sweep" in capsys.readouterr().err
 
 
 def test_extract_writes_the_largest_network_within_the_budget(

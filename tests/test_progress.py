@@ -3,6 +3,7 @@
 import json
 import pathlib
 import sys
+import time
 
 import pytest
 
@@ -29,6 +30,20 @@ def test_a_row_has_the_means_since_the_last_and_the_time_left(tmp_path):
     assert first["seconds_left"] == pytest.approx(2 * pace, rel=1e-6)
     assert last["seconds_left"] == 0
     assert score == {"step": 4, "top1": 90.0}
+
+
+def test_compilation_is_left_out_of_the_pace(tmp_path):
+    path, options = tmp_path / "log.jsonl", {"every_steps": 1, "every_s": 1e9}
+    bar = progress.Progress(path, start=0, steps=3, **options)
+    with bar.compiling(1):
+        time.sleep(0.5)
+    for step in (1, 2):
+        assert bar.step(step, {"loss": 1.0}, 10)
+        bar.report(step, {})
+    bar.close()
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    assert first == {"step": 1, "loss": 1.0}
+    assert second["images_per_s"] > 20 and second["seconds_left"] < 0.5
 
 
 @pytest.mark.parametrize(

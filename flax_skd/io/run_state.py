@@ -245,10 +245,13 @@ class Checkpoints:
         return f"step {there[0]} in {self._folder}" if there else "none"
 
     def close(self) -> None:
-        """Waits for what is being saved, and ends."""
+        """Waits for what is being saved, and ends; what never began leaves nothing."""
         if self.manager:
             with self._named():
                 self.manager.close()
+            if jax.process_index() == 0:
+                with contextlib.suppress(OSError):
+                    self._folder.rmdir()  # only if it is empty
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:

@@ -106,7 +106,26 @@ def of_piad(config: Any, model: ViT, groups: growth.Groups) -> Loss:
     return _level_loss(config, model, _piad_cut(config.piad, model.spec, groups))
 
 
+def _check_options(config: Any) -> None:
+    """Refuses what a loss would not look at."""
+    options = config.piad
+    plain = {"sampling": "per_step", "draw": "uniform"}
+    ignored = {} if options.loss in ("labels", "teacher") else plain
+    other = {k: options[k] for k, v in ignored.items() if options[k] != v}
+    if other:
+        raise ValueError(
+            f"loss {options.loss!r} takes several levels a step and goes with {plain}, "
+            f"not with {other}."
+        )
+    if options.loss != "labels" and config.drop_path:
+        raise ValueError(
+            f"drop_path = {config.drop_path} goes with the loss 'labels', not with "
+            f"{options.loss!r}: give --config.drop_path=0.0."
+        )
+
+
 def _level_loss(config: Any, model: ViT, cut_of: CutOf) -> Loss:
+    _check_options(config)
     spec, options = model.spec, config.piad
     smoothing = smoothing_of(config)
     made = {

@@ -53,6 +53,7 @@ def contract(config: Any, *, workdir: str, overwrite: bool) -> str:
         n: workdir if i == 0 else f"{workdir}-{n}" for i, n in enumerate(recipes)
     }
     _check_list(config.list)
+    commands.dtype_named(config.compensation_dtype)
     for target in targets.values():
         # Before the long pass, not after it.
         directory.check_target(
@@ -122,6 +123,11 @@ def _check_list(options: Any) -> None:
         raise ValueError(f"list.kind {options.kind!r}: choose one of {LISTS}.")
     if options.kind == "loss":
         _list_cost(options)
+    for name in ("images", "levels", "stages"):
+        if options[name] < 1:
+            raise ValueError(f"list.{name} = {options[name]} must be at least 1.")
+    if not 0 < options.cuts <= 1:
+        raise ValueError(f"list.cuts = {options.cuts} must be above 0 and at most 1.")
     if not 0 < options.share < 1:
         raise ValueError(f"list.share = {options.share} must be in (0, 1).")
 

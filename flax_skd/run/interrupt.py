@@ -1,6 +1,7 @@
-"""Ending a run when it is told to, with its state saved."""
+"""Ending a run when it is told to, by SIGTERM or Ctrl-C, with its state saved."""
 
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -8,14 +9,20 @@ from typing import Any
 
 import jax
 
+_LOG = logging.getLogger(__name__)
+
 
 class Stopped(SystemExit):
     """The run was told to end, and saved what it had."""
 
 
 @contextlib.contextmanager
-def sigterm(manager: Any) -> Iterator[Callable[[int], bool]]:
-    """Yields a function of the step: whether to save and end after it."""
+def told_to_stop(manager: Any) -> Iterator[Callable[[int], bool]]:
+    """Yields a function of the step: whether to save and end after it.
+
+    One process stops so at SIGTERM and at the first SIGINT; a second one interrupts.
+    Several agree on the step, which orbax does at SIGTERM alone.
+    """
     if manager and jax.process_count() > 1:
         yield manager.reached_preemption  # all hosts must agree on the step
         return
@@ -24,8 +31,19 @@ def sigterm(manager: Any) -> Iterator[Callable[[int], bool]]:
         yield lambda step: False
         return
     asked = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+
+    def ask(number, frame):
+        del frame
+        if number == signal.SIGINT:
+            _LOG.warning("ending after this step; Ctrl-C again ends at once, unsaved")
+            signal.signal(signal.SIGINT, before[number])
+        asked.set()
+
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, ask)
     try:
         yield lambda step: asked.is_set()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

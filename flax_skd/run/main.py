@@ -1,6 +1,7 @@
 """flax-skd: the command line."""
 
 import logging
+import os
 import pathlib
 import re
 import sys
@@ -14,6 +15,7 @@ from flax_skd.rivals import table
 from flax_skd.run import config_files, distributed, subcommands
 from flax_skd.run.subcommands import FLAGS, REQUIRED
 
+INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
 COMMANDS = subcommands.table(table.PROGRAMS)
 
 
@@ -26,8 +28,8 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-def command_help(name: str) -> str:
-    """What `flax-skd COMMAND --help` prints."""
+def command_help(name: str, config: str = "") -> str:
+    """What `flax-skd COMMAND --help` prints; `config` is the file asked for, if any."""
     command = COMMANDS[name]
     lines = [f"flax-skd {name}: {command.summary}.", ""]
     lines += ["example:", f"  flax-skd {name} {command.example}", "", "flags:"]
@@ -38,12 +40,13 @@ def command_help(name: str) -> str:
             f"  --{'config':{width}}config file[:variant]; configs/{command.config}"
         ]
         lines += [f"  --{'config.x':{width}}change one entry of it:", ""]
-        lines += _entries(f"configs/{command.config}")
+        lines += _entries(config or f"configs/{command.config}")
     return "\n".join(lines)
 
 
 def _entries(config: str) -> list[str]:
     """What a config file sets, then what the file it starts from sets."""
+    config = config.partition(":")[0]
     text = pathlib.Path(config_files.find(config)).read_text()
     lines = [line.strip() for line in text.splitlines()]
     lines = [
@@ -82,6 +85,9 @@ def parse(name: str, arguments: list[str]) -> flags.FlagValues:
     rest = values([f"flax-skd {name}", *arguments])[1:]
     if rest:
         raise ValueError(f"surplus arguments {rest}: flags look like --name=value.")
+    for flag in ("workdir", "out"):  # a shell completes the name of a folder with /
+        if flag in command.flags and values[flag].value:
+            values[flag].value = values[flag].value.rstrip("/") or "/"
     for flag in REQUIRED.get(name, ("workdir",)):
         if not values[flag].value:
             raise ValueError(f"--{flag} is needed; see flax-skd {name} --help.")
@@ -107,7 +113,8 @@ def main(arguments: list[str]) -> int:
       arguments: without the program's name.
 
     Returns:
-      The exit status: 0, 1 for an error of the input, 2 for one of the call.
+      The exit status: 0, 1 for an error of the input, 2 for one of the call, 130 for
+      an interruption (Ctrl-C).
     """
     name, *rest = arguments or ["--help"]
     if name in ("--help", "-h", "help"):
@@ -117,7 +124,11 @@ def main(arguments: list[str]) -> int:
         print(f"flax-skd: no command {name!r}.\n\n{overview()}", file=sys.stderr)
         return 2
     if {"--help", "-h", "-help"} & set(rest):
-        print(command_help(name))
+        try:
+            print(command_help(name, _split_config(rest, "")[0]))
+        except (ValueError, OSError) as error:
+            print(f"flax-skd {name}: {error}", file=sys.stderr)
+            return 2
         return 0
     _show_log()
     try:
@@ -127,10 +138,11 @@ def main(arguments: list[str]) -> int:
         return 2
     except (AttributeError, KeyError) as error:
         # ml_collections raises either for an entry that a locked config lacks.
-        entry = str(error.args[0]).strip("\"'")
+        entry, *hint = str(error.args[0]).strip("\"'").replace("\\n", "\n").split("\n")
+        hint = f" {hint[0]}" if hint else ""
         lists = f"flax-skd {name} --help lists them"
         print(
-            f"flax-skd {name}: no entry {entry!r} in the config; {lists}.",
+            f"flax-skd {name}: no entry {_bare(entry)!r} in the config; {lists}.{hint}",
             file=sys.stderr,
         )
         return 2
@@ -150,7 +162,15 @@ def main(arguments: list[str]) -> int:
     except (ValueError, ImportError, OSError) as error:
         print(f"flax-skd {name}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"flax-skd {name}: interrupted.", file=sys.stderr)
+        return INTERRUPTED
     return 0
+
+
+def _bare(entry: str) -> str:
+    """An entry's name without the quotes and words that ml_collections puts around it."""
+    return entry.strip("\\\"'")
 
 
 def _show_log() -> None:
@@ -167,7 +187,13 @@ def _show_log() -> None:
 
 def cli() -> None:
     """The console script."""
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    if status == INTERRUPTED:
+        # A compilation that goes on in a thread of XLA's crashes an ordinary exit.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

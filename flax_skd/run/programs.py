@@ -33,6 +33,8 @@ class Program(NamedTuple):
       before_step, after_update, before_loss: see `train.fit`, or None.
       network: function (params, extra) -> parameters of `model`, which are evaluated:
         where what is trained is not the network itself.
+      stages: calls of `before_epoch` that a run must make to be whole.
+      files: what `save` writes.
     """
 
     model: ViT
@@ -47,6 +49,8 @@ class Program(NamedTuple):
     after_update: AfterUpdate | None = None
     network: Callable[[Params, Any], Params] = lambda params, extra: params
     before_loss: BeforeLoss | None = None
+    stages: int = 1
+    files: tuple[str, ...] = checkpoint.SUPERNET_FILES
 
 
 def _as_it_is(extra: Any) -> dict[str, None]:
@@ -100,7 +104,10 @@ def finetune(config: Any, small: SubNet) -> Program:
         checkpoint.save_subnet(directory, trained, overwrite=directory.exists())
 
     loss = configured_loss.ordinary(config, model)
-    return Program(model, small.params, loss, None, None, _as_it_is, save)
+    return Program(
+        *(model, small.params, loss, None, None, _as_it_is, save),
+        files=checkpoint.SUBNET_FILES,
+    )
 
 
 def piad_program(config: Any, supernet: SuperNet) -> Program:
@@ -140,7 +147,8 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
 
     loss = configured_loss.of_piad(config, model, groups)
     extra = Elastic(growth.start(spec, groups), supernet.compensation)
-    grow, before_step = _grower(config, model, groups), None
+    stages = _stages(config)
+    grow, before_step = _grower(config, model, groups, stages), None
     before_loss = None
     if compiled := configured_loss.compiled_sizes(config, spec):
         extra, grow = extra._replace(level=np.int32(0)), compiled.after(grow)
@@ -156,16 +164,27 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
         options.grow_epochs,
         before_step,
         before_loss=before_loss,
+        stages=stages,
     )
 
 
-def _grower(config: Any, model: ViT, groups: growth.Groups):
+def _stages(config: Any) -> int:
+    """How often the list of a PIAD run grows."""
+    options = config.piad
+    if not 0 < options.grow_epochs < float("inf"):
+        raise ValueError(f"piad.grow_epochs = {options.grow_epochs} must be above 0.")
+    if not 0 <= options.progressive_epochs < float("inf"):
+        raise ValueError(
+            f"piad.progressive_epochs = {options.progressive_epochs} must be above 0, or "
+            "0 for a third of the run."
+        )
+    epochs = options.progressive_epochs or growth.progressive_epochs(config.epochs)
+    return max(1, round(epochs / options.grow_epochs))
+
+
+def _grower(config: Any, model: ViT, groups: growth.Groups, stages: int):
     """`before_epoch` of PIAD: measure at the smallest level, append what it bears."""
     spec, options = model.spec, config.piad
-    if not options.grow_epochs > 0:
-        raise ValueError(f"grow_epochs = {options.grow_epochs} must be above 0.")
-    epochs = options.progressive_epochs or growth.progressive_epochs(config.epochs)
-    stages = max(1, round(epochs / options.grow_epochs))
     batches = feed.batches_of(options.calibration, spec, seed=config.seed)
     mesh = sharding.mesh(config.mesh)
     cost = costs.cost_named(options.cost, spec.num_classes)

@@ -22,7 +22,8 @@ class Progress:
 
     Only the first process shows and writes anything. A report is a line in the log
     and a row in `path`: step, means of the metrics, images/s of all hosts, the share of
-    the time spent waiting for data, and the seconds left at this pace. Where tensorboardX
+    the time spent waiting for data, and the seconds left at this pace, of all steps but
+    those that are compiled. Where tensorboardX
     is installed, the row goes to its files as well.
     """
 
@@ -59,10 +60,12 @@ class Progress:
         )
         self._clear()
 
+        self._compiled: set[int] = set()
+
     def _clear(self) -> None:
         self._since, self._wait, self._images = time.monotonic(), 0.0, 0
         self._sums: dict[str, float] = {}
-        self._count = 0
+        self._count = self._timed = 0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -78,6 +81,13 @@ class Progress:
         yield
         self._since += time.monotonic() - before
 
+    @contextlib.contextmanager
+    def compiling(self, step: int) -> Iterator[None]:
+        """Stops the clock meanwhile, and leaves this step out of the pace."""
+        self._compiled.add(step)
+        with self.paused():
+            yield
+
     def step(self, step: int, values: dict[str, float], images: int) -> bool:
         """Takes in one finished step; true if a report is due.
 
@@ -89,7 +99,9 @@ class Progress:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._count += 1
-        self._images += images
+        if step not in self._compiled:
+            self._timed += 1
+            self._images += images
         self._bar.update()
         every_steps, every_s = self._every
         return (
@@ -108,11 +120,12 @@ class Progress:
         seconds = max(time.monotonic() - self._since, 1e-9)
         values = {k: v / self._count for k, v in self._sums.items()}
         row = values | more
-        row |= {
-            "images_per_s": self._images / seconds,
-            "data_wait": min(1.0, self._wait / seconds),
-            "seconds_left": (self._steps - step) * seconds / self._count,
-        }
+        if self._timed:  # else all of the time was compilation
+            row |= {
+                "images_per_s": self._images / seconds,
+                "data_wait": min(1.0, self._wait / seconds),
+                "seconds_left": (self._steps - step) * seconds / self._timed,
+            }
         self.write(step, row)
         self._bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()})
         self._clear()

@@ -87,6 +87,8 @@ def _extract(f: Any) -> str:
         commands.extract, workdir=f.workdir, out=f.out, overwrite=f.overwrite, fit=fit
     )
     ((kind, limit),) = given.items()
+    if not 0 < limit < float("inf"):
+        raise ValueError(f"--{kind}={limit:g} must be a number above 0.")
     if kind in ("latency_ms", "images_per_s"):
         profile = time_budget.read(f.profile)
         fits = time_budget.budget(profile, **given, batch_size=f.batch_size)

@@ -1,25 +1,32 @@
 """The sweep command: sub-networks of super-networks to a table and figures."""
 
+import hashlib
+import json
 import logging
 import pathlib
 from typing import Any
 
 import jax
 
-from flax_skd.io import checkpoint
+from flax_skd.io import checkpoint, sources
 from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.differences import differences
+from flax_skd.io.directory import as_json, parse
 from flax_skd.method import macs, piad
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
 from flax_skd.run import commands, evaluate, feed, report, sharding, time_budget
 
 _LOG = logging.getLogger(__name__)
+_ASKED = "asked.json"  # beside the rows: what they are of
 
 
 def cuts_of(
     supernet: SuperNet, cuts: str, kept: str, *, every: int = 1
 ) -> list[evaluate.Cut]:
     """The rows a sweep config asks for; the full network comes first, once."""
+    if every < 1:
+        raise ValueError(f"every = {every} must be at least 1.")
     spec = supernet.spec
     full = evaluate.Cut("all", 1.0, 0, SubnetSpec.full(spec))
     rows = [full]
@@ -43,19 +50,28 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
     main = checkpoint.load_supernet(workdir)
     facts = main.provenance
     name = facts.get("trained", facts.get("criterion", "as trained"))
-    supernets = {name: main}
+    paths, supernets = {name: workdir}, {name: main}
     for name in commands.listed(config.compare):
-        supernets[name] = checkpoint.load_supernet(f"{workdir}-{name}")
-    folder = pathlib.Path(out or f"{workdir.rstrip('/')}-sweep")
-    done = _finished(folder / "sweep.json", overwrite=overwrite, resume=resume)
-    there = {row["criterion"] for row in done}
-    supernets = {k: v for k, v in supernets.items() if k not in there}
+        paths[name] = f"{workdir}-{name}"
+        supernets[name] = checkpoint.load_supernet(paths[name])
+    folder = pathlib.Path(out or f"{workdir}-sweep")
     cuts = cuts_of(main, config.cuts, config.kept, every=config.every)
     batches = feed.batches_of(config.data, main.spec, seed=config.seed)
+    asked = {
+        "images": sources.fingerprint(batches.source),
+        "on_bad_image": config.data.on_bad_image,
+        "dtype": config.dtype,
+        **{key: config[key] for key in ("cuts", "kept", "every")},
+        "networks": {k: _sum_of(path) for k, path in paths.items()},
+    }
+    done, asked = _finished(folder, asked, overwrite=overwrite, resume=resume)
+    there = {row["criterion"] for row in done}
+    supernets = {k: v for k, v in supernets.items() if k not in there}
     title = f"{batches.num_examples} images of {batches.source.name}"
     writes = jax.process_index() == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / _ASKED).write_text(json.dumps(asked) + "\n", encoding="utf-8")
         title_of_list = "What each block keeps, level by level"
         heat = report.list_figure(main.dropout_list, main.spec, title=title_of_list)
         heat.savefig(folder / "list.png", dpi=150)
@@ -89,16 +105,45 @@ def _draw_over_time(config, spec, cuts, rows, folder, *, title: str) -> None:
     drawn.savefig(folder / "latency.png", dpi=150)
 
 
-def _finished(path: pathlib.Path, *, overwrite: bool, resume: bool) -> report.Rows:
-    """Rows to keep from an earlier, perhaps interrupted sweep."""
+def _sum_of(path: str) -> str:
+    """SHA-256 of what states sizes, list and the sums of the arrays."""
+    facts = pathlib.Path(path).expanduser() / checkpoint.SUPERNET_FILES[0]
+    return hashlib.sha256(facts.read_bytes()).hexdigest()
+
+
+def _finished(
+    folder: pathlib.Path, asked: dict[str, Any], *, overwrite: bool, resume: bool
+) -> tuple[report.Rows, dict[str, Any]]:
+    """Rows to keep from an earlier, perhaps interrupted sweep, and all that was asked.
+
+    Raises:
+      ValueError: if rows are there and `resume` is not given, or was asked of other
+        images, cuts or networks: rows of one table are to be compared.
+    """
+    path = folder / "sweep.json"
     if not path.exists() or overwrite:
-        return []
+        return [], asked
     if not resume:
         raise ValueError(
             f"{path} is there: pass --resume to add the criteria it lacks, --overwrite "
             "to start again, or another --out."
         )
-    return report.read(path)
+    rows, was = report.read(path), {}
+    if (folder / _ASKED).exists():
+        was = parse(folder / _ASKED, json.loads, (folder / _ASKED).read_bytes())
+        was = parse(folder / _ASKED, dict, was)
+    asked, earlier = as_json(asked, _ASKED), was.pop("networks", {})
+    # A network that was not measured, or is not asked for now, does no harm.
+    common = {row["criterion"] for row in rows} & set(asked["networks"])
+    then, now = ({k: n.get(k) for k in common} for n in (earlier, asked["networks"]))
+    wrong = differences(was | {"networks": then}, asked | {"networks": now})
+    if wrong:
+        raise ValueError(
+            f"{path} is of another sweep, as {_ASKED} beside it says:\n  "
+            + "\n  ".join(wrong)
+            + "\nPass --overwrite to start again, or another --out."
+        )
+    return rows, asked | {"networks": earlier | asked["networks"]}
 
 
 def run_sweep(supernets, model, batches, cuts, *, after_each=lambda name, rows: None):

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from flax_skd.io import run_state
 from flax_skd.run import distributed, faults, sharding, updates
-from flax_skd.run.interrupt import Stopped, sigterm
+from flax_skd.run.interrupt import Stopped, told_to_stop
 from flax_skd.run.objective import Loss, classification_loss
 from flax_skd.run.optimizer import cosine, make_optimizer
 from flax_skd.run.progress import Progress
@@ -97,7 +97,7 @@ def fit(
 
     Raises:
       NonFiniteLossError: names the step, the examples and the last good checkpoint.
-      Stopped: after SIGTERM, with the state saved; says how to go on.
+      Stopped: after SIGTERM or Ctrl-C, with the state saved; says how to go on.
       ValueError: if `workdir`, `config`, the batches or the mesh do not fit, or
         `before_loss` comes alone.
     """
@@ -142,7 +142,7 @@ def fit(
             every_s=log_every_s,
         )
         stack.push(closing(progress.close))
-        told_to_stop = stack.enter_context(sigterm(disk.manager))
+        asked = stack.enter_context(told_to_stop(disk.manager))
         running = Running(progress, disk, schedule, state.params)
         if wrong := faults.of_params(state.params, mesh):
             raise NonFiniteLossError(
@@ -150,6 +150,7 @@ def fit(
                 "other weights, or from an older checkpoint."
             )
         stack.enter_context(distributed.lost_peers_named())
+        ready: set[Loss] = set()  # losses whose step is compiled
         for step in range(start + 1, steps + 1):
             if before_epoch and (step - 1) % epoch_steps == 0:
                 running.settle()
@@ -167,9 +168,12 @@ def fit(
                 extra, now = before_step(step, state.extra)
                 extra = jax.tree.map(_on_mesh, extra, place.extra)
                 state = state._replace(extra=extra)
-            state, metrics = step_of(now)(state, batch)
+            known = now in ready
+            with contextlib.nullcontext() if known else progress.compiling(step):
+                state, metrics = step_of(now)(state, batch)
+            ready.add(now)
             running.follow(step, metrics, host_batch)
-            stopping = told_to_stop(step) and step < steps
+            stopping = asked(step) and step < steps
             if stopping or step == steps or step % checkpoint_every == 0:
                 running.settle()  # a state that is not finite must not be saved
                 disk.save(step, state)
@@ -179,7 +183,7 @@ def fit(
                     progress.write(step, evaluate(state))
             if stopping:
                 raise Stopped(
-                    f"stopped by SIGTERM after step {step} of {steps}; saved in "
+                    f"stopped when told to, after step {step} of {steps}; saved in "
                     f"{disk.workdir}. Run the same again with --resume to go on."
                 )
     return state

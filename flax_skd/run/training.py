@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from flax_skd.io import augment, checkpoint, data, sources
+from flax_skd.io import augment, checkpoint, data, directory, run_state, sources
 from flax_skd.method.spec import ViTSpec
 from flax_skd.run import commands, evaluate, feed, programs, sharding
 from flax_skd.run import train as loop
@@ -101,9 +101,10 @@ def train(
     Returns:
       What to print: where the network lies and its accuracy.
     """
-    if config.weights not in ("ema", "raw"):
-        raise ValueError(f"weights {config.weights!r}: choose ema or raw.")
+    _check(config)
     program = program_of(config, others)
+    target = pathlib.Path(workdir) / NETWORK
+    _check_network(target, program.files, overwrite=overwrite, resume=resume)
     spec = program.model.spec
     source = feed.open_images(config.data, spec)
     batches = data.train_batches(
@@ -119,6 +120,8 @@ def train(
     )
     per_epoch = len(source) // config.data.batch_size
     steps = max(1, round(config.epochs * per_epoch))
+    epoch_steps = max(1, round(program.every_epochs * per_epoch))
+    _check_stages(program.stages, epoch_steps, steps)
     schedule = loop.cosine(
         config.lr,
         steps=steps,
@@ -151,14 +154,13 @@ def train(
         before_step=program.before_step,
         before_loss=program.before_loss,
         after_update=program.after_update,
-        epoch_steps=max(1, round(program.every_epochs * per_epoch)),
+        epoch_steps=epoch_steps,
         ema_decay=config.ema_decay,
         accumulate=config.accumulate,
         schedule=schedule,
         log_every_s=config.log_every_s,
     )
     params = state.ema if config.weights == "ema" else state.params
-    target = pathlib.Path(workdir) / NETWORK
     facts = {"config": config.to_dict(), "steps": steps, "weights": config.weights}
     whole = jax.device_get(sharding.gathered((params, state.extra), mesh))
     program.save(target, *whole, facts)
@@ -166,9 +168,58 @@ def train(
     return f"wrote {target}: {steps} steps, {found or 'not evaluated'}"
 
 
+def _check(config: Any) -> None:
+    """Numbers of a training config that would train, and to nothing of use."""
+    if "program" not in config:
+        raise ValueError(
+            "this config trains nothing: take one with a `program`, such as "
+            "configs/scratch.py, piad.py, transfer.py or finetune.py."
+        )
+    if config.weights not in ("ema", "raw"):
+        raise ValueError(f"weights {config.weights!r}: choose ema or raw.")
+    above, others = ("epochs", "evaluate_epochs", "lr"), ("warmup_epochs", "min_lr")
+    for name in (*above, *others, "weight_decay", "clip_norm"):
+        value = config[name]
+        if not 0 <= value < float("inf") or (name in above and not value):
+            words = "above 0" if name in above else "0 or more"
+            raise ValueError(f"{name} = {value} must be a number {words}.")
+    if not 0 <= config.ema_decay <= 1:
+        raise ValueError(f"ema_decay = {config.ema_decay} must be 0 to 1.")
+
+
+def _check_network(
+    target: pathlib.Path, files: tuple[str, ...], *, overwrite: bool, resume: bool
+) -> None:
+    """Before the run, not after it: whether its network may be written."""
+    names = run_state.CHECKPOINTS, run_state.LOG
+    run = any((target.parent / name).exists() for name in names)
+    if run and not (overwrite or resume):
+        return  # the loop refuses it, and says what to do
+    older = checkpoint.OLDER_SUPERNET_FILES
+    replace = overwrite or (resume and run)
+    try:
+        directory.check_target(directory.local(target), files, replace, older=older)
+    except ValueError as error:
+        raise ValueError(
+            f"the network of a run is written to {NETWORK} in its workdir, and {error} "
+            "For a run that is another workdir."
+        ) from error
+
+
+def _check_stages(stages: int, epoch_steps: int, steps: int) -> None:
+    if (stages - 1) * epoch_steps >= steps:
+        raise ValueError(
+            f"the list grows {stages} times, every {epoch_steps} steps, and the run has "
+            f"{steps}: it would end with a list that is not whole. Give more epochs, "
+            "fewer --config.piad.progressive_epochs (0 for a third of the run), or a "
+            "larger --config.piad.grow_epochs."
+        )
+
+
 def _what_decides(config: Any, dataset: str) -> dict[str, Any]:
-    """What a resumed run must share: all but the mesh, which may be another one."""
-    fields = {name: value for name, value in config.to_dict().items() if name != "mesh"}
+    """What a resumed run must share: not the mesh, nor when it tells and saves."""
+    free = ("mesh", "log_every_s", "checkpoint_every", "evaluate_epochs")
+    fields = {k: value for k, value in config.to_dict().items() if k not in free}
     return {**fields, "dataset": dataset}
 
 
@@ -182,7 +233,11 @@ def _evaluator(
     if not config.data.eval_source:
         return None
     model, spec = program.model, program.model.spec
-    source = sources.open_source(config.data.eval_source, num_classes=spec.num_classes)
+    source = sources.open_source(
+        config.data.eval_source,
+        labels=config.data.eval_labels or None,
+        num_classes=spec.num_classes,
+    )
     batches = data.eval_batches(
         source,
         spec,
