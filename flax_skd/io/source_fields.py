@@ -139,7 +139,7 @@ def _normalisation(processor: dict[str, Any]) -> dict[str, Any]:
         return found
     try:
         return {k: [x / (255 * factor) for x in v] for k, v in found.items()}
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise ConversionError(
             "preprocessor_config.json: image_mean and image_std must be lists of "
             f"numbers, not {found}."
