@@ -14,6 +14,7 @@ from flax_skd.run import witness
 _LOG = logging.getLogger(__name__)
 
 HEARTBEAT = "FLAX_SKD_HEARTBEAT_S"
+WAIT_S = 300  # for processes that have not started yet
 HEARTBEAT_S = 45  # seconds; JAX's own default, 100, is more than a minute
 
 
@@ -74,7 +75,12 @@ def start(
             f"--process={process} of --processes={processes}: choose 0 to "
             f"{processes - 1}."
         )
+    _LOG.info(
+        "process %d of %d: waiting for the others, %d s at most; the first is %s",
+        *(process, processes, WAIT_S, coordinator),
+    )
     jax.distributed.initialize(
+        initialization_timeout=WAIT_S,
         coordinator_address=coordinator,
         num_processes=processes,
         process_id=process,
