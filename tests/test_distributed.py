@@ -1,5 +1,7 @@
 """Who joins which run: flags, a TPU pod's environment, and what makes no sense."""
 
+import logging
+
 import jax
 import pytest
 
@@ -53,10 +55,13 @@ def test_a_cluster_that_is_not_there_is_said(joined, monkeypatch):
         distributed.start(detect=True)
 
 
-def test_named_processes_meet_at_the_coordinator(joined):
-    distributed.start(coordinator="h:1234", processes=4, process=3)
+def test_named_processes_meet_at_the_coordinator(joined, caplog):
+    with caplog.at_level(logging.INFO):
+        distributed.start(coordinator="h:1234", processes=4, process=3)
+    assert "process 3 of 4: waiting for the others, 300 s at most" in caplog.text
     want = {"coordinator_address": "h:1234", "num_processes": 4, "process_id": 3}
-    assert joined == [want | {"heartbeat_timeout_seconds": 45}, (3, 4, "h:1234")]
+    want |= {"heartbeat_timeout_seconds": 45, "initialization_timeout": 300}
+    assert joined == [want, (3, 4, "h:1234")]
 
 
 def test_the_silence_that_counts_as_a_loss_can_be_set(joined, monkeypatch):
