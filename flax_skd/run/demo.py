@@ -22,6 +22,7 @@ from flax_skd.run import (
     sweeping,
     training,
 )
+from flax_skd.run.interrupt import Stopped
 from flax_skd.run.recipes import Recipe
 
 # As of configs/balanced.py, and plain criteria beside it.
@@ -113,9 +114,12 @@ def _train(path: pathlib.Path, program: str, name: str, *, fast, seed, start="")
     config.epochs = config.epochs // 3 if fast else config.epochs
     if start:
         config.model.path = str(path / start)
-    done = training.train(
-        config, workdir=str(path / name), overwrite=False, resume=False
-    )
+    workdir = str(path / name)
+    try:
+        done = training.train(config, workdir=workdir, overwrite=False, resume=False)
+    except Stopped as error:  # a demo is short: it starts again
+        again = f"stopped; to start anew: flax-skd demo --out={path} --overwrite"
+        raise Stopped(again) from error
     _say(done)
     return done.partition("steps, ")[2]
 
