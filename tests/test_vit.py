@@ -332,3 +332,14 @@ def test_named_variants_have_the_published_parameter_counts():
     assert counts == published
     distilled = ViTSpec.named("Ti/16").replace(distilled=True)
     assert macs.param_count(distilled) == 5_910_800  # DeiT-Ti distilled
+
+
+def test_a_sub_network_without_a_block_is_cut_again(spec, params):
+    wide = SubnetSpec((6, 0, 6), (6, 0, 6), (20, 0, 20))
+    narrow = SubnetSpec((2, 0, 3), (2, 0, 3), (7, 0, 9))
+    again = subnet.extract(subnet.extract(params, wide), narrow)
+    want = subnet.extract(params, narrow)
+    assert jax.tree.structure(again) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, again, want)
+    with pytest.raises(ValueError, match="qk_dim = 1 in block 1, .* hold 0"):
+        subnet.extract(want, SubnetSpec((1, 1, 1), (1, 1, 1), (1, 1, 1)))

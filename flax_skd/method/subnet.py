@@ -82,7 +82,7 @@ def extract(params: Params, widths: SubnetSpec) -> Params:
     """
     out = {k: v for k, v in params.items() if not k.startswith("block_")}
     for i, (qk, vo, mlp) in enumerate(zip(*widths)):
-        block = params[f"block_{i}"]
+        block = params.get(f"block_{i}", {})  # none of a block that was removed whole
         _check_widths(block, i, qk, vo, mlp)
         kept = {}
         if vo:

@@ -143,8 +143,8 @@ def _stage(inverse: Array, rows: Array, *, blocks: int, steps: int) -> Array:
             alive,
             inverse.diagonal(),
             jnp.square(rows).sum(1),
-            jnp.zeros((steps, len(rows))),
-            jnp.zeros((steps, rows.shape[1])),
+            jnp.zeros((steps, len(rows)), rows.dtype),
+            jnp.zeros((steps, rows.shape[1]), rows.dtype),
             order,
         )
         one = functools.partial(_remove, inverse, rows, done)
