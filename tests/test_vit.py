@@ -343,3 +343,9 @@ def test_a_sub_network_without_a_block_is_cut_again(spec, params):
     jax.tree.map(np.testing.assert_array_equal, again, want)
     with pytest.raises(ValueError, match="qk_dim = 1 in block 1, .* hold 0"):
         subnet.extract(want, SubnetSpec((1, 1, 1), (1, 1, 1), (1, 1, 1)))
+
+
+def test_integers_that_are_no_pixels_are_refused(spec, params, batch):
+    images = np.zeros(batch["image"].shape, np.int32)
+    with pytest.raises(ValueError, match="images are int32: give pixels as uint8"):
+        ViT(spec).apply({"params": params}, images)

@@ -216,6 +216,8 @@ def collect(
     if total is None:
         raise ValueError("no calibration images: the source of batches is empty.")
     images, sums = partial_sums.joined(total)
+    if not float(images):
+        raise ValueError("no calibration images: all of them have weight 0.")
     statistics = Statistics(images, model.spec.num_tokens, pilot, *sums)
     check_finite(statistics)
     return statistics

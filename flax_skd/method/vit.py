@@ -134,8 +134,15 @@ def normalise(images: Array, spec: ViTSpec) -> Array:
     Args:
       images: [B, S, S, C], uint8, or float already normalised.
       spec: whose mean and std apply.
+
+    Raises:
+      ValueError: for other integers, which are neither.
     """
     if images.dtype != jnp.uint8:
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(
+                f"images are {images.dtype}: give pixels as uint8, or normalised floats."
+            )
         return images
     mean, std = (jnp.float32(m).reshape(1, 1, 1, -1) for m in (spec.mean, spec.std))
     return (images.astype(jnp.float32) / 255 - mean) / std
