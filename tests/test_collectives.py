@@ -12,7 +12,7 @@ from collectives import axes, collectives, total
 from flax_skd.method import layers, partial_sums, statistics, vit
 from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import ViT
-from flax_skd.run import objective, sharding, train, updates
+from flax_skd.run import distillation, objective, sharding, train, updates
 
 pytestmark = pytest.mark.skipif(
     jax.device_count() < 8, reason="needs eight (virtual) devices"
@@ -44,17 +44,23 @@ def size(keep=lambda path: True):
 
 
 @functools.cache
-def compiled(**shape):
+def compiled(*, taught=False, **shape):
     """Collectives of the train step of `fit` on a mesh, and the mesh."""
     mesh = sharding.mesh(shape, devices=jax.devices()[: math.prod(shape.values())])
     optimizer = train.make_optimizer(1e-3)
     state = jax.eval_shape(
         lambda: train.initial_state(
-            vit.init(SPEC, jax.random.key(0)), optimizer, jax.random.key(1)
+            params := vit.init(SPEC, jax.random.key(0)),
+            optimizer,
+            jax.random.key(1),
+            frozen=params if taught else None,
         )
     )
     place = sharding.param_sharding(state, mesh)
     loss = objective.classification_loss(ViT(SPEC))
+    if taught:
+        teacher = distillation.frozen(ViT(SPEC), num_classes=SPEC.num_classes)
+        loss = distillation.with_teacher(ViT(SPEC), teacher)
     step_of = updates.compiled(
         mesh, place, several=False, optimizer=optimizer, ema_decay=0.9
     )
@@ -112,6 +118,15 @@ def test_fsdp_gathers_parameters_once_and_sums_gradients_once():
     # The norm of the parameters, a number for each array that is cut.
     norms = 4 * sum(map(cut, shapes()))
     assert summed == size() + SCALARS + norms
+
+
+def test_fsdp_cuts_a_teacher_too_and_gathers_it_once():
+    alone, _ = compiled(fsdp=8)
+    found, _ = compiled(taught=True, fsdp=8)
+    assert total(found, "all-gather") == 2 * size(cut)
+    kinds = ("all-reduce", "reduce-scatter")
+    more = sum(total(found, kind) - total(alone, kind) for kind in kinds)
+    assert more == 4  # the divergence, logged
 
 
 def test_tensor_parallelism_sums_activations_after_and_before_each_branch():

@@ -129,7 +129,8 @@ def test_no_gradient_reaches_the_teacher(spec, params, batch, state):
 
 def test_a_frozen_teacher_adds_its_divergence(spec, params, batch, state, cut):
     other = jax.tree.map(lambda x: x * 0.9, params)
-    teacher = distillation.frozen(ViT(spec), other, num_classes=spec.num_classes)
+    teacher = distillation.frozen(ViT(spec), num_classes=spec.num_classes)
+    state = state._replace(frozen=other)
     loss = distillation.with_teacher(ViT(spec), teacher, weight=0.5)
     value, metrics = loss(params, batch, jax.random.key(0), state)
     taught = kl(cut(0), ViT(spec).apply({"params": other}, batch["image"]))
@@ -145,9 +146,9 @@ def test_a_temperature_softens_both_and_is_scaled_back():
     np.testing.assert_allclose(have, 9 * kl(a / 3, b / 3), rtol=1e-4)
 
 
-def test_a_teacher_of_other_classes_is_refused(spec, params):
+def test_a_teacher_of_other_classes_is_refused(spec):
     with pytest.raises(ValueError, match="teacher has 5 classes, the student 7"):
-        distillation.frozen(ViT(spec), params, num_classes=7)
+        distillation.frozen(ViT(spec), num_classes=7)
 
 
 def random_repairs(spec, seed=0):

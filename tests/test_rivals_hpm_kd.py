@@ -86,8 +86,8 @@ def test_the_loss_of_a_stage_is_labels_and_what_larger_networks_say():
     models, params = students()
     batch, full = batch_of(), params_of(seed=5)
     chain = hpm_kd.Chain(np.int32(2), np.float32([1, 0, 0]), np.float32(0.25))
-    state = TrainState(0, params, None, None, None, chain)
-    loss = hpm_kd.of_stage((ViT(SPEC), full), models, 2)
+    state = TrainState(0, params, None, None, None, chain, full)
+    loss = hpm_kd.of_stage(ViT(SPEC), models, 2)
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, metrics), grads = step(params, batch, jax.random.key(0), state)
 

@@ -150,6 +150,8 @@ def test_the_programs_train_on_the_mesh_of_their_config(tmp_path):
         if start:
             config.model.path = str(tmp_path / start / training.NETWORK)
             config.piad.calibration.images = 64
+            config.piad.loss = "teacher"
+            config.piad.teacher = config.model.path
         else:
             config.model.depth = 1
         workdir = str(tmp_path / folder)

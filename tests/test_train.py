@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from flax_skd.io import run_state
@@ -491,6 +492,33 @@ def test_a_run_without_average_carries_none(tmp_path):
     )
     assert go(steps=2).ema is None
     assert go(steps=3, resume=True).ema is None
+
+
+def test_what_is_frozen_is_data_of_the_step_and_in_no_checkpoint(tmp_path):
+    optimizer, seen = train.make_optimizer(1e-3), []
+
+    def loss(params, batch, rng, state):
+        seen.append(isinstance(state.frozen["kernel"], jax.core.Tracer))
+        value, metrics = linear_loss(params, batch, rng, state)
+        towards = jnp.square(params["kernel"] - state.frozen["kernel"]).sum()
+        return value + towards, metrics
+
+    def go(frozen=1.0, **options):
+        fixed = {"kernel": jnp.full((192, 3), frozen)}
+        state = train.initial_state(
+            *(linear_params(), optimizer, jax.random.key(1)), frozen=fixed
+        )
+        options = {"optimizer": optimizer, "mesh": ONE()} | options
+        return train.fit(state, batches(), loss=loss, **options)
+
+    whole = go(steps=4)
+    assert all(seen)
+    np.testing.assert_array_equal(whole.frozen["kernel"], np.ones((192, 3)))
+    assert np.ptp(go(0.0, steps=4).params["kernel"] - whole.params["kernel"]) > 1e-4
+    go(steps=2, workdir=tmp_path)
+    saved = ocp.PyTreeCheckpointHandler().metadata(tmp_path / "checkpoints/2/state")
+    assert set(saved.tree) == {*train.TrainState._fields} - {"frozen"}
+    assert_same(go(steps=4, workdir=tmp_path, resume=True), whole)
 
 
 def test_the_cosine_warms_up_and_ends():

@@ -88,7 +88,7 @@ def taught(
 
 
 def of_stage(
-    full: tuple[ViT, Params],
+    full: ViT,
     students: list[ViT],
     stage: int,
     *,
@@ -98,17 +98,18 @@ def of_stage(
     """CE(labels) + `taught` of one student, all larger networks frozen.
 
     Args:
-      full: model and parameters of the full network, which always teaches.
+      full: model of the full network, `frozen` of the train state, which always
+        teaches.
       students: models, falling in size; the first `stage` teach where kept.
       stage: which one learns.
       first: temperature a stage starts at.
       label_smoothing: of the labels.
     """
-    teachers = [full[0], *students[:stage]]
+    teachers = [full, *students[:stage]]
 
     def loss(params: Params, batch: dict[str, Array], rng: Array, state: Any):
         del rng
-        trees = [full[1], *(params[name_of(i)] for i in range(stage))]
+        trees = [state.frozen, *(params[name_of(i)] for i in range(stage))]
         above = jnp.stack(
             [
                 model.apply({"params": jax.lax.stop_gradient(tree)}, batch["image"])
@@ -232,7 +233,7 @@ def program(config: Any) -> Program:
             config,
             found.spec,
             of_stage(
-                (configured_loss.vit_of(config, found.spec), found.params),
+                configured_loss.vit_of(config, found.spec),
                 students,
                 stage,
                 first=options.temperature,
@@ -285,4 +286,5 @@ def program(config: Any) -> Program:
         lambda step, extra: (extra, losses_[in_turn.now(extra)]),
         only_the_student,
         lambda params, extra: params[name_of(count - 1)],
+        frozen=found.params,
     )

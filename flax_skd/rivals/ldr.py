@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_skd.method.vit import Params, ViT
+from flax_skd.method.vit import Params
 from flax_skd.rivals import stages, start
 from flax_skd.run import commands, configured_loss, distillation
 from flax_skd.run.objective import Array, Loss
@@ -155,9 +155,7 @@ def program(config: Any) -> Program:
     known = start.named(config.rival.teacher) if config.rival.teacher else found
     base = distillation.with_teacher(
         configured_loss.vit_of(config, spec),
-        distillation.frozen(
-            ViT(known.spec), known.params, num_classes=spec.num_classes
-        ),
+        configured_loss.taught_by(config, known.spec, spec),
         label_smoothing=configured_loss.smoothing_of(config),
     )
     base = configured_loss.mixed_loss(config, spec, base)
@@ -201,4 +199,5 @@ def program(config: Any) -> Program:
         config.epochs / len(counts),
         after_update=hold,
         network=lambda params, extra: recompose(params),
+        frozen=known.params,
     )

@@ -84,7 +84,7 @@ def of_four(
     networks: list[tuple[ViT, Callable[[int, int], slice]]],
     *,
     label_smoothing: float = 0.0,
-    teacher: Callable[[Array], Array] | None = None,
+    teacher: distillation.Teacher | None = None,
 ) -> Loss:
     """CE of every network, and KL of each from the next larger one of the step.
 
@@ -95,12 +95,13 @@ def of_four(
     Args:
       networks: model and end of the slices, the full network first, falling.
       label_smoothing: of all.
-      teacher: of the full network, function of images -> logits; none for labels alone.
+      teacher: of the full network, such as `distillation.frozen`; none for labels
+        alone.
     """
 
     def loss(params: Params, batch: dict[str, Array], rng: Array, state: Any):
-        del rng, state
-        above = teacher(batch["image"]) if teacher else None
+        del rng
+        above = teacher(batch["image"], state) if teacher else None
         value, accuracies = 0.0, []
         for model, end in networks:
             small = sliced(params, model.spec, end)
@@ -177,13 +178,10 @@ def program(config: Any) -> Program:
             f"rival.warm_epochs = {options.warm_epochs} must lie in [0, {config.epochs})."
         )
     warm = stages.Stages(2)
-    teacher = None
+    known = teacher = None
     if options.teacher:
         known = start.named(options.teacher)
-        classes = found.spec.num_classes
-        teacher = distillation.frozen(
-            ViT(known.spec), known.params, num_classes=classes
-        )
+        teacher = configured_loss.taught_by(config, known.spec, found.spec)
 
     def end_of(ratio):
         return last if ratio == ratios[0] else first
@@ -222,4 +220,5 @@ def program(config: Any) -> Program:
         save,
         options.warm_epochs or config.epochs,
         sampling.before_step,
+        frozen=known and known.params,
     )

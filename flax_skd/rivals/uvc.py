@@ -128,7 +128,7 @@ def program(config: Any) -> Program:
     model = configured_loss.vit_of(config, spec)
     loss = distillation.with_teacher(
         model,
-        distillation.frozen(model, found.params, num_classes=spec.num_classes),
+        configured_loss.taught_by(config, spec, spec),
         cut_of=gated(spec, temperature=options.gate_temperature),
         label_smoothing=configured_loss.smoothing_of(config),
     )
@@ -178,4 +178,5 @@ def program(config: Any) -> Program:
             temperature=options.gate_temperature,
         ),
         network=lambda params, extra: structure.kept_first(params, extra.masks),
+        frozen=found.params,
     )

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from flax_skd.io import checkpoint
+from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import growth, piad
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
@@ -54,7 +55,9 @@ def ordinary(config: Any, model: ViT) -> Loss:
     return mixed_loss(config, model.spec, loss)
 
 
-def compiled_sizes(config: Any, spec: ViTSpec) -> buckets.Buckets | None:
+def compiled_sizes(
+    config: Any, spec: ViTSpec, teacher: SuperNet | None = None
+) -> buckets.Buckets | None:
     """The sizes a step is compiled for, if the config names any."""
     options = config.piad
     shares = tuple(commands.shares("piad.compiled", options.compiled))
@@ -70,7 +73,8 @@ def compiled_sizes(config: Any, spec: ViTSpec) -> buckets.Buckets | None:
 
     def loss_of(within):
         model = vit_of(config, spec, within)
-        return _level_loss(config, model, objective.level_within(spec, within))
+        cut_of = objective.level_within(spec, within)
+        return _level_loss(config, model, cut_of, teacher)
 
     return buckets.Buckets(spec, loss_of, shares=shares, seed=config.seed)
 
@@ -101,9 +105,12 @@ def _piad_cut(options: Any, spec: ViTSpec, groups: growth.Groups) -> CutOf:
     )
 
 
-def of_piad(config: Any, model: ViT, groups: growth.Groups) -> Loss:
+def of_piad(
+    config: Any, model: ViT, groups: growth.Groups, teacher: SuperNet | None = None
+) -> Loss:
     """Of a network of many sizes: a level, or a variant of the ablation, a step."""
-    return _level_loss(config, model, _piad_cut(config.piad, model.spec, groups))
+    cut_of = _piad_cut(config.piad, model.spec, groups)
+    return _level_loss(config, model, cut_of, teacher)
 
 
 def _check_options(config: Any) -> None:
@@ -124,7 +131,9 @@ def _check_options(config: Any) -> None:
         )
 
 
-def _level_loss(config: Any, model: ViT, cut_of: CutOf) -> Loss:
+def _level_loss(
+    config: Any, model: ViT, cut_of: CutOf, teacher: SuperNet | None
+) -> Loss:
     _check_options(config)
     spec, options = model.spec, config.piad
     smoothing = smoothing_of(config)
@@ -143,7 +152,7 @@ def _level_loss(config: Any, model: ViT, cut_of: CutOf) -> Loss:
         ),
         "teacher": lambda: distillation.with_teacher(
             model,
-            _teacher(options.teacher, spec),
+            taught_by(config, teacher.spec, spec),
             cut_of=cut_of,
             label_smoothing=smoothing,
         ),
@@ -153,10 +162,21 @@ def _level_loss(config: Any, model: ViT, cut_of: CutOf) -> Loss:
     return mixed_loss(config, spec, made[options.loss]())
 
 
-def _teacher(path: str, spec: ViTSpec):
+def teacher_of(config: Any) -> SuperNet | None:
+    """The network that teaches in PIAD, in float32, if the loss is of one."""
+    path, loss = config.piad.teacher, config.piad.loss
+    if bool(path) != (loss == "teacher"):
+        raise ValueError(
+            f"piad.loss = {loss!r} and piad.teacher = {path!r}: the loss 'teacher' "
+            "needs a directory there, and no other takes one."
+        )
     if not path:
-        raise ValueError("loss 'teacher' needs --config.piad.teacher, a directory.")
+        return None
     found = checkpoint.load_supernet(path)
-    return distillation.frozen(
-        ViT(found.spec), found.params, num_classes=spec.num_classes
-    )
+    return found._replace(params=commands.in_float32(found.params))
+
+
+def taught_by(config: Any, teacher: ViTSpec, spec: ViTSpec) -> distillation.Teacher:
+    """The teacher of a network of `spec`, in the precision of training."""
+    model = vit_of(config, teacher)
+    return distillation.frozen(model, num_classes=spec.num_classes)

@@ -15,6 +15,8 @@ from flax_skd.run.objective import Array, CutOf, Loss, whole
 
 # (logits of a sub-network, logits of the full one, labels) -> []
 SubnetLoss = Callable[[Array, Array, Array], Array]
+# (images, train state) -> logits [B, K]
+Teacher = Callable[[Array, Any], Array]
 LevelsOf = Callable[[Array, DropoutList], list[Array]]
 
 
@@ -102,7 +104,7 @@ def with_full(
 
 def with_teacher(
     model: ViT,
-    teacher: Callable[[Array], Array],
+    teacher: Teacher,
     *,
     cut_of: CutOf = whole,
     weight: float = 1.0,
@@ -113,7 +115,7 @@ def with_teacher(
 
     Args:
       model: the student.
-      teacher: function of the images -> logits [B, K]; see `frozen`.
+      teacher: function (images, train state) -> logits [B, K]; see `frozen`.
       cut_of: which sub-network learns in a step.
       weight: of the divergence.
       temperature: see `divergence`.
@@ -127,7 +129,8 @@ def with_teacher(
         value = losses.cross_entropy(
             logits, batch["label"], label_smoothing=label_smoothing
         )
-        kl = divergence(logits, teacher(batch["image"]), temperature=temperature)
+        above = teacher(batch["image"], state)
+        kl = divergence(logits, above, temperature=temperature)
         accuracy = losses.accuracy(logits, batch["label"])
         metrics = {"accuracy": accuracy, "teacher_kl": kl, **metrics}
         return value + weight * kl, metrics
@@ -135,11 +138,11 @@ def with_teacher(
     return loss
 
 
-def frozen(model: ViT, params: Params, *, num_classes: int) -> Callable[[Array], Array]:
-    """A teacher from a network and its parameters.
+def frozen(model: ViT, *, num_classes: int) -> Teacher:
+    """A teacher whose parameters are `frozen` of the train state.
 
     Args:
-      model, params: the teacher.
+      model: the teacher.
       num_classes: of the student.
 
     Raises:
@@ -150,4 +153,4 @@ def frozen(model: ViT, params: Params, *, num_classes: int) -> Callable[[Array],
             f"the teacher has {model.spec.num_classes} classes, the student "
             f"{num_classes}: they must be the same."
         )
-    return lambda images: model.apply({"params": params}, images)
+    return lambda images, state: model.apply({"params": state.frozen}, images)

@@ -35,6 +35,7 @@ class Program(NamedTuple):
         where what is trained is not the network itself.
       stages: calls of `before_epoch` that a run must make to be whole.
       files: what `save` writes.
+      frozen: parameters of a teacher, or None; see `updates.TrainState`.
     """
 
     model: ViT
@@ -51,6 +52,7 @@ class Program(NamedTuple):
     before_loss: BeforeLoss | None = None
     stages: int = 1
     files: tuple[str, ...] = checkpoint.SUPERNET_FILES
+    frozen: Params | None = None
 
 
 def _as_it_is(extra: Any) -> dict[str, None]:
@@ -145,12 +147,13 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
         network = commands.stamped(network, {**facts, "trained": "piad"})
         checkpoint.save_supernet(directory, network, overwrite=directory.exists())
 
-    loss = configured_loss.of_piad(config, model, groups)
+    teacher = configured_loss.teacher_of(config)
+    loss = configured_loss.of_piad(config, model, groups, teacher)
     extra = Elastic(growth.start(spec, groups), supernet.compensation)
     stages = _stages(config)
     grow, before_step = _grower(config, model, groups, stages), None
     before_loss = None
-    if compiled := configured_loss.compiled_sizes(config, spec):
+    if compiled := configured_loss.compiled_sizes(config, spec, teacher):
         extra, grow = extra._replace(level=np.int32(0)), compiled.after(grow)
         before_step, before_loss = compiled.before_step, compiled.before_loss
     return Program(
@@ -165,6 +168,7 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
         before_step,
         before_loss=before_loss,
         stages=stages,
+        frozen=teacher and teacher.params,
     )
 
 

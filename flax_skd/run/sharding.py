@@ -3,15 +3,14 @@
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-T = TypeVar("T")
 AXES = ("data", "fsdp", "model")
 Rules = tuple[tuple[str, PartitionSpec], ...]
 
@@ -112,27 +111,24 @@ def _fitting(axes: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> Partiti
     return PartitionSpec(*(a if fits(a, n) else None for a, n in zip(axes, shape)))
 
 
-def with_whole_params(loss: Callable[..., T], places: Any) -> Callable[..., T]:
-    """`loss`, its parameters gathered along `fsdp` before it sees them.
+def whole(params: Any, places: Any) -> Any:
+    """Parameters gathered along `fsdp`, inside a jitted loss.
 
     They stay cut along `model`. Said outright, since a compiler left to choose sends
     activations of the whole batch where a kernel would be less. Gradients come back the
     same way, summed and then cut.
 
     Args:
-      loss: function (params, ...), whatever else it takes.
-      places: of the parameters, of `param_sharding`.
+      params: a tree of arrays.
+      places: of them, of `param_sharding`.
     """
 
-    def whole(x, place):
+    def gather(x, place):
         axes = (None if axis == "fsdp" else axis for axis in place.spec)
         place = NamedSharding(place.mesh, PartitionSpec(*axes))
         return jax.lax.with_sharding_constraint(x, place)
 
-    def of_whole(params, *rest):
-        return loss(jax.tree.map(whole, params, places), *rest)
-
-    return of_whole
+    return jax.tree.map(gather, params, places)
 
 
 def gathered(tree: Any, mesh: Mesh) -> Any:

@@ -132,7 +132,8 @@ def fit(
         )
         stack.push(closing(disk.close))
         if resume:
-            state = sharding.copy_to(disk.restore(state), place)
+            state = state._replace(**disk.restore(_saved(state)))
+            state = sharding.copy_to(state, place)
         start = int(state.step)
         progress = Progress(
             disk.workdir and disk.workdir / run_state.LOG,
@@ -176,7 +177,7 @@ def fit(
             stopping = asked(step) and step < steps
             if stopping or step == steps or step % checkpoint_every == 0:
                 running.settle()  # a state that is not finite must not be saved
-                disk.save(step, state)
+                disk.save(step, _saved(state))
             if evaluate and (step == steps or step % (evaluate_every or steps) == 0):
                 running.settle()
                 with progress.paused():
@@ -187,6 +188,10 @@ def fit(
                     f"{disk.workdir}. Run the same again with --resume to go on."
                 )
     return state
+
+
+def _saved(state: TrainState) -> dict[str, Any]:
+    return {k: x for k, x in state._asdict().items() if k != "frozen"}
 
 
 def _on_mesh(x, place):

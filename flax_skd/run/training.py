@@ -136,7 +136,9 @@ def train(
     mesh = sharding.mesh(config.mesh)
     state = loop.fit(
         loop.initial_state(
-            commands.in_float32(program.params), optimizer, rng, extra=program.extra
+            *(commands.in_float32(program.params), optimizer, rng),
+            extra=program.extra,
+            frozen=program.frozen,
         ),
         batches,
         loss=program.loss,

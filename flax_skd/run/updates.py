@@ -25,6 +25,8 @@ class TrainState(NamedTuple):
       rng: a key; step t uses `fold_in(rng, t)`, so it never changes.
       extra: what else the loss reads, such as a `DropoutList`; an optimizer never sees
         it, and no step changes it but by `after_update`.
+      frozen: parameters that the loss reads and nothing changes, those of a teacher:
+        data of a compiled step, not constants of it, and of no checkpoint.
     """
 
     step: Any
@@ -33,6 +35,7 @@ class TrainState(NamedTuple):
     ema: Params | None
     rng: Array
     extra: Any = None
+    frozen: Params | None = None
 
 
 # (state before, state after the optimizer, batch, metrics of the loss) -> state
@@ -47,11 +50,13 @@ def initial_state(
     rng: Array,
     *,
     extra: Any = None,
+    frozen: Params | None = None,
 ) -> TrainState:
     """The state before the first step; its average starts at `params`."""
-    params, extra = jax.tree.map(jnp.asarray, (params, extra))
+    params, extra, frozen = jax.tree.map(jnp.asarray, (params, extra, frozen))
     ema = jax.tree.map(jnp.copy, params)  # no memory may be donated twice
-    return TrainState(jnp.int32(0), params, optimizer.init(params), ema, rng, extra)
+    moments = optimizer.init(params)
+    return TrainState(jnp.int32(0), params, moments, ema, rng, extra, frozen)
 
 
 def train_step(
@@ -181,7 +186,7 @@ def compiled(
 
     @functools.cache
     def step_of(loss):
-        loss = sharding.with_whole_params(loss, place.params)
+        loss = _of_whole(loss, place)
         if not several:
             return jax.jit(
                 functools.partial(train_step, loss=loss, accumulate=accumulate, **rule),
@@ -203,6 +208,17 @@ def compiled(
         return step
 
     return step_of
+
+
+def _of_whole(loss: Loss, place: TrainState) -> Loss:
+    """`loss`, given parameters that are whole along `fsdp`; those of a teacher too."""
+
+    def of_whole(params, batch, rng, state):
+        params = sharding.whole(params, place.params)
+        frozen = sharding.whole(state.frozen, place.frozen)
+        return loss(params, batch, rng, state._replace(frozen=frozen))
+
+    return of_whole
 
 
 def _there_and_back(before_loss: BeforeLoss | None, place: TrainState):
