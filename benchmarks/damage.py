@@ -27,7 +27,7 @@ from flax_skd.io import augment, checkpoint, data, run_state, sources, whole_ste
 from flax_skd.io.extras import require
 from flax_skd.method import piad, subnet, vit
 from flax_skd.method.spec import SubnetSpec, ViTSpec
-from flax_skd.run import train
+from flax_skd.run import train, updates
 
 SPEC = ViTSpec(
     image_size=8,
@@ -109,7 +109,7 @@ def a_step(folder: pathlib.Path) -> Callable[[], Any]:
     """Saves one; how to read it as `--resume` does, with our checksums."""
     optimizer = train.make_optimizer(1e-3)
     params = vit.init(SPEC, jax.random.key(0))
-    state = train.initial_state(params, optimizer, jax.random.key(1))
+    state = updates.saved(train.initial_state(params, optimizer, jax.random.key(1)))
     batches = data.train_batches(
         sources.open_source("digits:train", num_classes=10),
         SPEC,
@@ -129,7 +129,7 @@ def a_step(folder: pathlib.Path) -> Callable[[], Any]:
         finally:
             disk.close()
         place = json.dumps(batches.get_state())
-        return restored._replace(rng=jax.random.key_data(restored.rng)), [place]
+        return {**restored, "rng": jax.random.key_data(restored["rng"])}, [place]
 
     return read
 

@@ -188,6 +188,13 @@ def test_criteria_name_the_moments_they_need(network, images):
     assert contraction.CRITERIA["balanced"].moments == ("gradient",)
 
 
+def test_attended_keys_that_were_not_collected_are_asked_for(network, images):
+    stats = collect(SMALL, network, images, 8, moments=("gradient",))
+    criterion = contraction.balanced_criterion(Balanced(keys="attended"))
+    with pytest.raises(ValueError, match=r"moments=\('gradient', 'attended'\)"):
+        contraction.contract(network, SMALL, stats, criterion=criterion)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

@@ -504,6 +504,12 @@ def test_a_level_for_each_example_is_refused(spec, params, repairs):
         repaired(params, spec, repairs, widths)
 
 
+def test_widths_that_are_none_are_refused(spec, params, repairs):
+    wrong = SubnetSpec((4,) * 3, (4,) * 3, (4, 41, 4))
+    with pytest.raises(ValueError, match="mlp_dim = 41 in block 1"):
+        repaired(params, spec, repairs, wrong)
+
+
 def test_moments_of_another_network_are_refused(spec):
     attn, mlp = ([moment_of(x) for x in xs] for xs in drawn(spec))
     with pytest.raises(ValueError, match="mlp: 2 moments, the network has 3"):

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from test_statistics import BOTH, collect, features_and_gradients
 
-from flax_skd.method import contraction
+from flax_skd.io import checkpoint
+from flax_skd.method import contraction, costs, piad, statistics, vit
 from flax_skd.method.vit import ViT
+from flax_skd.run import recipes
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +147,25 @@ def test_equal_eigenvalues_and_dead_units_still_keep_the_function(spec, params, 
     after = ViT(spec).apply({"params": turned}, batch["image"])
     np.testing.assert_allclose(after, before, atol=1e-5)
     assert np.asarray(turned["block_0"]["mlp"]["fc1"]["bias"])[-4:].max() == -1e4
+
+
+def test_a_head_of_zeros_is_nothing_to_order_by(spec, batch):
+    fresh = vit.init(spec, jax.random.key(0))
+    options = {"cost": costs.correct_logit, "weightings": ("taylor", "plain")}
+    batch = {**batch, "weight": np.ones(12, np.float32)}
+    stats = statistics.collect(ViT(spec), fresh, [batch], **options)
+    for name in ("wpac", "taylor1", "pca"):
+        with pytest.raises(ValueError, match="a fresh head is all zeros"):
+            contraction.contract(fresh, spec, stats, criterion=name)
+    for options in (
+        {"criterion": "magnitude"},
+        {"criterion": "pca", "units": "random"},
+    ):
+        contraction.contract(fresh, spec, stats, **options)
+    network = checkpoint.SuperNet(fresh, spec, piad.uniform(spec), {})
+    recipe = recipes.Recipe(contraction.CRITERIA["random"], units="greedy")
+    with pytest.raises(ValueError, match="a fresh head is all zeros"):
+        recipes.contracted(network, stats, recipe)
 
 
 @pytest.mark.parametrize(

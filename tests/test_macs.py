@@ -1,5 +1,7 @@
 """Golden counts of the paper, and the closed form against XLA and a plain sum."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -60,6 +62,18 @@ def test_xla_agrees_on_the_extracted_network(spec, params):
     flops = forward.lower(small, images).compile().cost_analysis()["flops"]
     # XLA counts the elementwise work too: a cross-check, never the source.
     assert 1.0 < flops / (2 * 4 * macs.macs(big, widths)) < 1.15
+
+
+def test_the_second_head_of_a_distilled_network_reads_the_token_itself(spec):
+    big = spec.replace(distilled=True, pre_logits=64, num_classes=50)
+    shapes = jax.eval_shape(lambda: vit.init(big, jax.random.key(0)))
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+    assert macs.param_count(big) == count
+    plain = big.replace(num_classes=0, pre_logits=0)
+    heads = 24 * 64 + 64 * 50 + 24 * 50
+    assert macs.macs(big) - macs.macs(plain) == heads
+    paper = macs.macs(big, convention="paper") - macs.macs(plain, convention="paper")
+    assert paper == heads + 64 + 2 * 50
 
 
 def test_the_half_width_network_costs_half_the_block_macs():

@@ -21,7 +21,7 @@ import pytest
 from test_train import assert_same
 
 from flax_skd.io import run_state, whole_steps
-from flax_skd.run import witness
+from flax_skd.run import updates, witness
 
 SECONDS = 400  # then what hangs is ended: other work may share the cores
 ENDED_BY_JAX = (-signal.SIGABRT, 1)  # jaxlib aborts, up to 0.8 it exits with 1
@@ -279,7 +279,8 @@ def restored(folder, step):
     disk = run_state.Checkpoints(
         folder, batches=data, config=killed_training.CONFIG, resume=True
     )
-    state = disk.restore(killed_training.initial())
+    state = killed_training.initial()
+    state = state._replace(**disk.restore(updates.saved(state)))
     disk.close()
     assert (int(state.step), data.get_state()["next_index"]) == (step, step)
     return state

@@ -7,8 +7,8 @@ import pytest
 from conftest import shake
 from test_statistics import assert_close, collect, features_and_gradients
 
-from flax_skd.method import second_moments, statistics, vit
-from flax_skd.method.spec import ViTSpec
+from flax_skd.method import second_moments, statistics, subnet, vit
+from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
 
 ALL = ("gradient", "plain", "attended")
@@ -85,6 +85,17 @@ def test_attended_keys_are_centred_by_each_querys_attention(stats, seen):
             want[head] += (a[:, None] * keys).T @ keys - np.outer(mean, mean)
         near(stats.branches[i]["plain"].key_attended, want)
         near(stats.branches[i]["gradient"].key_attended, want)
+
+
+def test_under_masks_keys_are_attended_by_the_queries_that_are_left(network, images):
+    widths = SubnetSpec.uniform(SMALL, 3, SMALL.head_dim, SMALL.mlp_dim)
+    masks = subnet.masks(SMALL, widths)
+    masked = collect(SMALL, network, images, 8, moments=ALL, masks=masks)
+    cut = subnet.masked(network, SMALL, widths)  # the same function, queries of 3 dims
+    own = collect(SMALL, cut, images, 8, moments=ALL)
+    for i in range(SMALL.depth):
+        got, want = (s.branches[i]["plain"].key_attended for s in (masked, own))
+        near(got, want)
 
 
 @pytest.mark.parametrize("weighting", second_moments.WEIGHTINGS)

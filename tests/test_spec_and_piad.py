@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_skd.method import macs, piad
+from flax_skd.method import macs, piad, subnet
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 
 
@@ -15,12 +15,18 @@ from flax_skd.method.spec import SubnetSpec, ViTSpec
         ({"head_dim": 0, "num_heads": 5}, "num_heads = 5 does not divide width = 24"),
         ({"patch_size": 5}, "patch_size = 5 does not divide image_size = 16"),
         ({"depth": 0}, "depth = 0 must be at least 1"),
-        ({"num_classes": -1}, "num_classes = -1 must not be negative"),
+        ({"num_classes": -1}, "num_classes = -1 must be at least 0"),
         ({"gelu": "relu"}, r"gelu = 'relu': choose one of \('exact', 'tanh'\)"),
         ({"mean": (0.5,)}, "one number for each of the 3 channels"),
         ({"crop_fraction": 1.5}, "crop_fraction = 1.5 in"),
         ({"class_token": False}, "pool = 'token' needs class_token"),
         ({"distilled": True, "pool": "avg"}, "pool = 'token'"),
+        ({"width": 24.0}, "width = 24.0 must be a whole number"),
+        ({"num_heads": "2"}, "num_heads = '2' must be a whole number"),
+        (
+            {"distilled": True, "pre_logits": 8, "num_classes": 0},
+            "two features cannot be averaged",
+        ),
     ],
 )
 def test_an_impossible_spec_says_what_and_why(spec, changes, match):
@@ -60,6 +66,7 @@ def test_an_unknown_variant_lists_the_sizes():
         (((4,) * 2, (4,) * 3, (4,) * 3), "qk_dim has 2 entries, the network 3 blocks"),
         (((4,) * 3, (4,) * 3, (4, 41, 4)), "mlp_dim = 41 in block 1: must be 0 to 40"),
         (((4, 4, 0), (4,) * 3, (4,) * 3), "block 2: qk_dim = 0, vo_dim = 4"),
+        (((4,) * 3, (4,) * 3, (4, 0.5, 4)), "mlp_dim = 0.5 must be a whole number"),
     ],
 )
 def test_widths_that_do_not_fit_name_the_block(spec, widths, match):
@@ -98,6 +105,45 @@ def test_a_list_that_grows_again_or_starts_cut_is_refused(spec):
         piad.from_rows([full, half, full], spec)
     with pytest.raises(ValueError, match="level 0 .* must be the full network"):
         piad.from_rows([half], spec)
+    with pytest.raises(ValueError, match="needs its level 0"):
+        piad.from_rows([], spec)
+    with pytest.raises(ValueError, match="steps = 0 must be at least 1"):
+        piad.uniform(spec, steps=0)
+    with pytest.raises(ValueError, match="a budget of nan"):
+        piad.level_for(piad.uniform(spec), spec, float("nan"))
+
+
+WRONG = {
+    "qk_dim": ((4, 4), (4,) * 3, (4,) * 3),
+    "vo_dim": ((4,) * 3, (4, -1, 4), (4,) * 3),
+    "mlp_dim": ((4,) * 3, (4,) * 3, (4, 41, 4)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_masks_and_slices_of_widths_that_are_none_are_refused(spec, params, name):
+    widths = SubnetSpec(*WRONG[name])
+    with pytest.raises(ValueError, match=name):
+        subnet.masks(spec, widths)
+    with pytest.raises(ValueError, match=name):
+        subnet.extract(params, widths)
+    with pytest.raises(ValueError, match=name):
+        subnet.masks(spec, SubnetSpec(*map(np.array, widths)))
+
+
+def test_a_slice_of_attention_without_queries_is_refused(spec, params):
+    with pytest.raises(ValueError, match=r"vo_dim = 4, .* in block 1: .* by both"):
+        subnet.extract(params, SubnetSpec((4, 0, 4), (4,) * 3, (4,) * 3))
+    fewer = SubnetSpec((4,) * 2, (4,) * 2, (4,) * 2)
+    with pytest.raises(ValueError, match="the parameters hold 3"):
+        subnet.extract(params, fewer)
+
+
+def test_sizes_of_numpy_are_those_of_python(spec):
+    made = spec.replace(width=np.int64(24), depth=np.int32(3))
+    assert made == spec and type(made.width) is int
+    found = SubnetSpec(*np.full((3, 3), 4)).check(spec)
+    assert found == SubnetSpec.uniform(spec, 4, 4, 4) and type(found[0][0]) is int
 
 
 def test_a_traced_level_reads_the_row_and_padding_repeats_the_last(spec):

@@ -163,6 +163,35 @@ def test_a_nan_in_the_parameters_is_traced_to_its_block(spec, params, batch):
         collect(spec, broken, batch, 12)
 
 
+@pytest.mark.parametrize("cost", [costs.correct_logit, costs.cross_entropy])
+@pytest.mark.parametrize("label", [-1, 5])
+def test_a_label_that_is_no_class_is_an_error_unless_it_is_padding(
+    spec, params, batch, cost, label
+):
+    labels = np.array(batch["label"])
+    labels[3] = label
+    wrong = {**batch, "label": labels}
+    with pytest.raises(ValueError, match="labels that are no class"):
+        collect(spec, params, wrong, 12, cost=cost)
+    live = np.ones(12, np.float32)
+    live[3] = 0
+    ignored = {"label": labels, "weight": live}
+    got = collect(spec, params, {**batch, **ignored}, 12, cost=cost)
+    ignored["label"] = batch["label"]
+    assert_close(got, collect(spec, params, {**batch, **ignored}, 12, cost=cost))
+    collect(spec, params, wrong, 12, cost=costs.top_logit)  # reads no label
+
+
+def test_names_and_arrays_that_are_not_there_are_named(spec, params, batch):
+    for names in ("taylor", ("tailor",)):
+        with pytest.raises(ValueError, match="a tuple of names, of taylor, plain"):
+            collect(spec, params, batch, 12, weightings=names)
+    with pytest.raises(ValueError, match="moments 'gradient': name token weightings"):
+        collect(spec, params, batch, 12, moments="gradient")
+    with pytest.raises(ValueError, match=r"a batch has no weight: .* 0 for padding"):
+        statistics.collect(ViT(spec), params, [{"image": 0, "label": 0}])
+
+
 def test_no_batches_is_an_error(spec, params):
     with pytest.raises(ValueError, match="no calibration images"):
         statistics.collect(ViT(spec), params, [], cost=costs.correct_logit)

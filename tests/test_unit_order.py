@@ -175,6 +175,11 @@ def test_shapes_that_do_not_belong_together_are_refused():
         greedy(np.eye(4), np.ones((5, 3)))
 
 
+def test_a_block_of_no_removals_is_refused():
+    with pytest.raises(ValueError, match="block = 0 must be at least 1"):
+        greedy(np.eye(3), np.eye(3), block=0)
+
+
 def test_numbers_that_are_not_finite_are_refused():
     covariance, w2 = layer(4)
     covariance[1, 2] = np.nan

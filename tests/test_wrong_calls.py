@@ -106,6 +106,7 @@ def test_an_option_that_a_loss_would_not_look_at(network, changes, words):
     config = config_files.load("configs/piad.py")
     config.drop_path = changes.pop("drop_path", 0.0)
     config.piad.update(changes)
+    config.piad.teacher = str(network) if changes["loss"] == "teacher" else ""
     with pytest.raises(ValueError, match=re.escape(words)):
         programs.piad_program(config, checkpoint.load_supernet(network))
 

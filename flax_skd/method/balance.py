@@ -82,10 +82,21 @@ def query_key(statistics: Statistics, index: int, options: Balanced) -> Pair:
         second_moments.of_block(statistics.branches, index, name)
         for name in (options.query, options.key)
     )
-    keys = key.key if options.keys == "image" else key.key_attended
+    keys = key.key
+    if options.keys == "attended":
+        keys = key.key_attended
+        _check_attended(statistics, options.key)
     right = np.stack([root(gram)[0] for gram in np.asarray(keys)])
     left, dual = pair(np.asarray(query.query), right)
     return left, dual.swapaxes(1, 2)
+
+
+def _check_attended(statistics: Statistics, name: str) -> None:
+    if not any(np.any(block[name].key_attended) for block in statistics.branches):
+        raise ValueError(
+            "the statistics hold no attended keys: collect them with moments=("
+            f"{name!r}, {second_moments.ATTENDED!r})."
+        )
 
 
 def value_out(

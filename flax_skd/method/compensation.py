@@ -152,13 +152,14 @@ def repaired(
 
     Raises:
       ValueError: if widths or compensation do not have one entry a block, or, where all
-        is known, a factor has a zero on its diagonal.
+        is known, widths do not fit or a factor has a zero on its diagonal.
     """
     if compensation is None:
         return params
     kept = {"attn": widths.vo_dim, "mlp": widths.mlp_dim}
     _check_depths(spec, compensation, kept)
     if _known(params, compensation, kept):
+        widths.check(spec)
         params, compensation = jax.device_get((params, compensation))
         make = _Make(np, refit.on_host)
     else:

@@ -15,7 +15,7 @@ import numpy as np
 
 from flax_skd.method import balance
 from flax_skd.method.spec import ViTSpec
-from flax_skd.method.statistics import HIGHEST, Statistics
+from flax_skd.method.statistics import HIGHEST, Statistics, check_gradients
 from flax_skd.method.vit import Array, Params
 
 
@@ -130,12 +130,14 @@ class Criterion(NamedTuple):
         `Basis`.
       units: the key of `UNIT_ORDERS` it takes unless told otherwise.
       weightings, moments: what `statistics.collect` has to be asked for.
+      gradients: whether the axes depend on gradients.
     """
 
     axes: Callable[..., Axes]
     units: str
     weightings: tuple[str, ...] = ()
     moments: tuple[str, ...] = ()
+    gradients: bool = True
 
 
 def balanced_criterion(options: balance.Balanced) -> Criterion:
@@ -157,18 +159,20 @@ def balanced_criterion(options: balance.Balanced) -> Criterion:
             value, out = balance.value_out(block, statistics, index, options)
         return tuple(map(jnp.asarray, (query, key, value, out)))
 
-    return Criterion(axes, "taylor2", () if both else ("taylor",), options.moments())
+    reads = "gradient" in (*options.moments(), options.metric) or not both
+    weightings = () if both else ("taylor",)
+    return Criterion(axes, "taylor2", weightings, options.moments(), reads)
 
 
 # The authors' program orders hidden units by sum (g h)^2 / 2, the paper's text by
 # sum |g h|; `units="taylor1"` gives the latter.
 CRITERIA: dict[str, Criterion] = {
     "wpac": Criterion(_pca("taylor"), "taylor2", ("taylor",)),
-    "pca": Criterion(_pca("plain"), "taylor2", ("plain",)),
+    "pca": Criterion(_pca("plain"), "taylor2", ("plain",), gradients=False),
     "taylor1": Criterion(_taylor("taylor1"), "taylor1"),
     "taylor2": Criterion(_taylor("taylor2"), "taylor2"),
-    "magnitude": Criterion(_magnitude, "magnitude"),
-    "random": Criterion(_random, "random"),
+    "magnitude": Criterion(_magnitude, "magnitude", gradients=False),
+    "random": Criterion(_random, "random", gradients=False),
     "balanced": balanced_criterion(balance.Balanced()),
 }
 
@@ -202,10 +206,12 @@ def bases(
 
     Raises:
       ValueError: if a name is unknown, an order is no permutation of a block's units,
-        or a moment was not collected.
+        a moment was not collected, or no gradient reached the network that needs one.
     """
     chosen = criterion_named(criterion) if isinstance(criterion, str) else criterion
     units = _checked_units(chosen.units if units is None else units, spec)
+    if chosen.gradients or (isinstance(units, str) and units.startswith("taylor")):
+        check_gradients(statistics)
     out = []
     for i in range(spec.depth):
         rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), 3)
@@ -272,14 +278,8 @@ def _inject_block(block: Params, basis: Basis) -> Params:
 
 
 def _einsum(equation: str, kernel: Array, rotation: Array) -> Array:
-    product = jnp.einsum(
-        equation,
-        kernel.astype(jnp.float32),
-        rotation,
-        precision=HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    return product.astype(kernel.dtype)
+    wide = kernel.astype(jnp.float32)
+    return jnp.einsum(equation, wide, rotation, precision=HIGHEST).astype(kernel.dtype)
 
 
 def contract(

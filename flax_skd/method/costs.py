@@ -1,7 +1,8 @@
 """Costs of calibration: what a feature has to matter for.
 
 Each is a function (outputs [B, K], labels [B]) -> [B], one number an image, so that
-the gradient of their sum keeps images apart.
+the gradient of their sum keeps images apart. A cost of the label, and its gradient,
+are nan where that is no class.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,8 @@ Cost = Callable[[Array, Array], Array]
 
 def correct_logit(logits: Array, labels: Array) -> Array:
     """The logit of the correct class, the choice of the SKD authors' program."""
-    return jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    labels, known = _classes(logits, labels)
+    return jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0] * known
 
 
 def top_logit(logits: Array, labels: Array) -> Array:
@@ -31,7 +33,15 @@ def top_logit(logits: Array, labels: Array) -> Array:
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
     """-log p(label)."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    labels, known = _classes(logits, labels)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels) * known
+
+
+def _classes(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """Labels within 0..K-1, and [B], nan where one is not: a factor spoils gradients."""
+    inside = (labels >= 0) & (labels < logits.shape[-1])
+    known = jnp.where(inside, 1.0, jnp.nan).astype(logits.dtype)
+    return jnp.where(inside, labels, 0), known
 
 
 def top_log_probability(logits: Array, labels: Array) -> Array:

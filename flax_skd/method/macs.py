@@ -43,9 +43,8 @@ def costs(spec: ViTSpec, convention: str = "full") -> Cost:
         raise ValueError(f"convention {convention!r}: choose one of {CONVENTIONS}.")
     n, d, h, patches = spec.num_tokens, spec.width, spec.num_heads, spec.grid**2
     patch = spec.patch_size**2 * spec.in_channels
-    head_in = spec.pre_logits or d
     heads = spec.num_classes * (1 + spec.distilled)
-    ends = patches * patch * d + d * spec.pre_logits + head_in * heads
+    ends = patches * patch * d + d * spec.pre_logits + _head_kernels(spec)
     if convention == "full":
         pair = 2 * n * d * h + n * n * h  # two projections and one N x N product
         return Cost(ends, qk=pair, vo=pair, mlp=2 * n * d, attn_fixed=0, mlp_fixed=0)
@@ -61,6 +60,12 @@ def costs(spec: ViTSpec, convention: str = "full") -> Cost:
         attn_fixed=n * d + n * norm,  # the bias of `out`, and LayerNorm
         mlp_fixed=n * d + n * norm,
     )
+
+
+def _head_kernels(spec: ViTSpec) -> int:
+    # The distillation token's head reads the token itself.
+    read = (spec.pre_logits or spec.width) + spec.width * spec.distilled
+    return read * spec.num_classes
 
 
 def macs(
@@ -93,8 +98,7 @@ def param_count(spec: ViTSpec, widths: SubnetSpec | None = None) -> int:
     total = spec.patch_size**2 * spec.in_channels * d + d + (tokens * d)
     total += spec.num_prefix * d + 2 * d * (1 + spec.pre_norm)
     total += spec.pre_logits * (d + 1)
-    heads = spec.num_classes * (1 + spec.distilled)
-    total += heads * ((spec.pre_logits or d) + 1)
+    total += _head_kernels(spec) + spec.num_classes * (1 + spec.distilled)
     scale = d * spec.layer_scale
     for qk, vo, mlp in zip(*widths):
         if vo:

@@ -1,5 +1,6 @@
 """Dropout lists: nested sub-networks as rows of a table, and budgets into it."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -58,6 +59,8 @@ def from_rows(rows: list[SubnetSpec], spec: ViTSpec, *, max_levels: int = 0):
     Raises:
       ValueError: if row 0 is not the full network or a row grows again.
     """
+    if not rows:
+        raise ValueError("a dropout list needs its level 0, the full network.")
     tables = [
         np.array(field, np.int32) for field in zip(*(r.check(spec) for r in rows))
     ]
@@ -82,6 +85,8 @@ def uniform(spec: ViTSpec, *, steps: int = 32) -> DropoutList:
     The MACs of blocks are linear in the widths, so this is also the share of the block
     MACs that is left, up to rounding to whole dims. No branch goes below one dim.
     """
+    if steps < 1:
+        raise ValueError(f"steps = {steps} must be at least 1.")
 
     def keep(size, share):
         return max(1, round(size * share))
@@ -158,6 +163,8 @@ def level_for(
     Raises:
       ValueError: if no level fits; the message says what the smallest costs.
     """
+    if math.isnan(limit):
+        raise ValueError("a budget of nan: give a number.")
     smallest = 0
     for level in range(int(dropout_list.levels) + 1):
         smallest = cost(spec, dropout_list.widths(level, spec))

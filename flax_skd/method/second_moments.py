@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from flax_skd.method.layers import times
 from flax_skd.method.spec import ViTSpec
-from flax_skd.method.vit import Array, Taps
+from flax_skd.method.vit import Array, BlockMasks, Taps
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 ATTENDED = "attended"  # asks for `BlockMoments.key_attended`; not a weighting
@@ -122,7 +123,7 @@ def checked(moments: tuple[str, ...]) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name for name in moments if name != ATTENDED))
     if not set(names) <= set(WEIGHTINGS) or (moments and not names):
         raise ValueError(
-            f"moments {tuple(moments)}: name token weightings of "
+            f"moments {moments!r}: name token weightings of "
             f"{tuple(WEIGHTINGS)}, and {ATTENDED!r} beside them for attended keys."
         )
     return names
@@ -154,6 +155,7 @@ def taps(
     live: Array,
     moments: tuple[str, ...],
     *,
+    masks: tuple[BlockMasks, ...] | None = None,
     hidden_every: int = 1,
 ) -> Taps:
     """A tap whose identities sum into the cotangents of `accumulators`.
@@ -164,6 +166,7 @@ def taps(
       pilot: of `statistics.pilot_means`.
       live: [B], 0 for padding.
       moments: as given to `zeros`.
+      masks: of the sub-network, whose queries are those that attend; None for all.
       hidden_every: the sums of hidden units are those of images 0, k, 2 k, ...
     """
     every = {"mlp_out": hidden_every, "attn_out": 1}
@@ -177,7 +180,8 @@ def taps(
         elif name == "key":
             fields, sums_of = ("key", "key_weight", "key_attended"), _key_sums
             if ATTENDED in moments:
-                seen["query"] = before["query"] * spec.head_dim**-0.5
+                queries = times(before["query"], masks[block].qk if masks else None)
+                seen["query"] = queries * spec.head_dim**-0.5
         elif name in BRANCHES:
             branch, inner = BRANCHES[name]
             fields = (branch,)

@@ -1,6 +1,7 @@
 """Sizes of a Vision Transformer and of the sub-networks cut from it."""
 
 import dataclasses
+import operator
 from typing import Any, NamedTuple
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -14,6 +15,11 @@ _SIZES = {  # name: width, depth, num_heads, mlp_dim
     "L": (1024, 24, 16, 4096),
     "H": (1280, 32, 16, 5120),
 }
+_COUNTS = dict.fromkeys(  # name: least
+    ("image_size", "patch_size", "width", "depth", "num_heads", "head_dim")
+    + ("mlp_dim", "in_channels"),
+    1,
+) | dict.fromkeys(("num_classes", "registers", "pre_logits"), 0)
 _CHOICES = {
     "pool": ("token", "avg"),
     "gelu": ("exact", "tanh"),
@@ -78,6 +84,8 @@ class ViTSpec:
     crop_mode: str = "center"
 
     def __post_init__(self):
+        for name in _COUNTS:
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
         if not self.head_dim:
             if self.num_heads < 1 or self.width % self.num_heads:
                 raise ValueError(
@@ -90,16 +98,10 @@ class ViTSpec:
         self._check()
 
     def _check(self):
-        for name in (
-            *("image_size", "patch_size", "width", "depth", "num_heads", "head_dim"),
-            *("mlp_dim", "in_channels"),
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1.")
-        for name in ("num_classes", "registers", "pre_logits"):
-            if getattr(self, name) < 0:
+        for name, least in _COUNTS.items():
+            if getattr(self, name) < least:
                 raise ValueError(
-                    f"{name} = {getattr(self, name)} must not be negative."
+                    f"{name} = {getattr(self, name)} must be at least {least}."
                 )
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -126,6 +128,12 @@ class ViTSpec:
             raise ValueError("pool = 'token' needs class_token = True; or use 'avg'.")
         if self.distilled and self.pool != "token":
             raise ValueError("a distilled network reads its tokens: pool = 'token'.")
+        apart = self.distilled and self.pre_logits not in (0, self.width)
+        if apart and not self.num_classes:
+            raise ValueError(
+                f"pre_logits = {self.pre_logits} and width = {self.width} of a distilled "
+                "network without a head: its two features cannot be averaged."
+            )
 
     @property
     def grid(self) -> int:
@@ -209,6 +217,14 @@ class ViTSpec:
         )
 
 
+def _whole(name: str, value: Any) -> int:
+    """An int of any integer; what is not whole would be cut off in silence."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise ValueError(f"{name} = {value!r} must be a whole number.") from error
+
+
 class SubnetSpec(NamedTuple):
     """Widths of a sub-network: kept dims of every branch, one entry a block.
 
@@ -242,7 +258,12 @@ class SubnetSpec(NamedTuple):
           ValueError: if they do not fit `spec`; the message names the block.
         """
         full = (spec.head_dim, spec.head_dim, spec.mlp_dim)
-        widths = SubnetSpec(*(tuple(int(w) for w in field) for field in self))
+        widths = SubnetSpec(
+            *(
+                tuple(_whole(name, w) for w in field)
+                for name, field in zip(self._fields, self)
+            )
+        )
         for name, field, most in zip(self._fields, widths, full):
             if len(field) != spec.depth:
                 raise ValueError(

@@ -160,7 +160,9 @@ def _both_sums(model, options, zeros, batch, shared):
     def total(zeros):
         sums, branches = zeros
         also = second_moments.taps(
-            model.spec, branches, pilot, live, moments, hidden_every=every
+            *(model.spec, branches, pilot, live, moments),
+            masks=masks,
+            hidden_every=every,
         )
 
         def tap(block, name, feature):
@@ -170,7 +172,8 @@ def _both_sums(model, options, zeros, batch, shared):
             return also(block, name, feature) if moments else feature
 
         logits = model.apply({"params": params}, batch["image"], masks, tap)
-        return jnp.sum(cost(logits, batch["label"]) * live)
+        labels = jnp.where(live > 0, batch["label"], 0)  # that of padding may be any
+        return jnp.sum(cost(logits, labels) * live)
 
     return jax.grad(total)(zeros)
 
@@ -198,11 +201,13 @@ def collect(
         units, the dearest sums, are then those of every k-th image alone.
 
     Raises:
-      ValueError: if there is no batch, a sum is not finite (the block is named), or
-        `hidden_every` does not divide.
+      ValueError: if there is no batch or one lacks an array, a name is unknown, a sum is
+        not finite (the block is named), or `hidden_every` does not divide.
     """
+    _check_names(weightings, moments)
     options, total = (cost, tuple(moments), hidden_every), None
     for batch in batches:
+        batch = _arrays_of(batch)
         if total is None:
             place = partial_sums.place_of(batch["weight"])
             _check_every(hidden_every, len(batch["weight"]), partial_sums.count(place))
@@ -221,6 +226,25 @@ def collect(
     statistics = Statistics(images, model.spec.num_tokens, pilot, *sums)
     check_finite(statistics)
     return statistics
+
+
+def _check_names(weightings: tuple[str, ...], moments: tuple[str, ...]) -> None:
+    second_moments.checked(moments)
+    known = feature_sums.WEIGHTINGS
+    if isinstance(weightings, str) or not set(weightings) <= set(known):
+        raise ValueError(
+            f"weightings {weightings!r}: a tuple of names, of {', '.join(known)}."
+        )
+
+
+def _arrays_of(batch: dict[str, Any]) -> dict[str, Any]:
+    missing = [k for k in ("image", "label", "weight") if k not in batch]
+    if missing:
+        raise ValueError(
+            f"a batch has no {', '.join(missing)}: it needs image [B, S, S, C], label "
+            "[B] and weight [B], 1 for an image and 0 for padding."
+        )
+    return {k: batch[k] for k in ("image", "label", "weight")}
 
 
 def _check_every(every: int, images: int, devices: int) -> None:
@@ -261,5 +285,16 @@ def check_finite(statistics: Statistics) -> None:
         raise ValueError(
             f"the {what} in block {index} are not finite on the calibration images: "
             "look for NaN or inf in the parameters there or before it and in the "
-            "images, or use float32."
+            "images and for labels that are no class, or use float32."
+        )
+
+
+def check_gradients(statistics: Statistics) -> None:
+    """Raises ValueError if no gradient of the cost reached any block."""
+    sums = [block[site].taylor1.any() for block in statistics.sums for site in SITES]
+    if not any(jax.device_get(sums)):
+        raise ValueError(
+            "no gradient of the cost reaches the network, so that nothing in it matters "
+            "more than anything else: a fresh head is all zeros. Train it first, or "
+            "take criterion magnitude or random."
         )

@@ -1,7 +1,10 @@
 """The two faces of one sub-network: masks on the full one, and extracted slices."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import BlockMasks, Params
@@ -17,8 +20,14 @@ def masks(spec: ViTSpec, widths: SubnetSpec) -> tuple[BlockMasks, ...]:
 
     Returns:
       One `BlockMasks` a block, float32.
+
+    Raises:
+      ValueError: if there is not one width a block, or one that is known does not fit.
     """
-    qk, vo, mlp = (jnp.asarray(w, jnp.int32) for w in widths)
+    qk, vo, mlp = (
+        jnp.asarray(_checked(name, field, spec), jnp.int32)
+        for name, field in zip(SubnetSpec._fields, widths, strict=True)
+    )
 
     def prefix(width, size):
         dims = jnp.arange(size).reshape((1,) * width.ndim + (size,))
@@ -34,6 +43,23 @@ def masks(spec: ViTSpec, widths: SubnetSpec) -> tuple[BlockMasks, ...]:
         )
         for i in range(spec.depth)
     )
+
+
+def _checked(name: str, widths: Any, spec: ViTSpec) -> Any:
+    """Widths [..., L]; of those on a device, or traced, the shape alone is known."""
+    shape = widths.shape if hasattr(widths, "shape") else (len(widths),)
+    if shape[-1:] != (spec.depth,):
+        raise ValueError(
+            f"{name} has shape {shape}; it needs one width for each of {spec.depth} "
+            "blocks, [..., L]."
+        )
+    most = spec.mlp_dim if name == "mlp_dim" else spec.head_dim
+    if not any(isinstance(w, jax.Array) for w in jax.tree.leaves(widths)):
+        known = np.asarray(widths)
+        whole = np.issubdtype(known.dtype, np.integer)
+        if not whole or not ((known >= 0) & (known <= most)).all():
+            raise ValueError(f"{name} = {widths}: whole numbers of 0 to {most}.")
+    return widths
 
 
 def masked(params: Params, spec: ViTSpec, widths: SubnetSpec) -> Params:
@@ -78,9 +104,17 @@ def extract(params: Params, widths: SubnetSpec) -> Params:
       A new tree; a removed branch takes its LayerNorm and LayerScale with it.
 
     Raises:
-      ValueError: if `params` is narrower than asked; the message names the block.
+      ValueError: if `params` is narrower than asked, or the widths are none: negative,
+        or attention without queries or without values; the message names the block.
     """
     out = {k: v for k, v in params.items() if not k.startswith("block_")}
+    lengths = dict(zip(SubnetSpec._fields, map(len, widths), strict=True))
+    blocks = sum(k.startswith("block_") for k in params)
+    if len(set(lengths.values())) > 1 or blocks > lengths["qk_dim"]:
+        raise ValueError(
+            f"widths of {lengths} blocks, and the parameters hold {blocks}: give one "
+            "width of each kind for every block."
+        )
     for i, (qk, vo, mlp) in enumerate(zip(*widths)):
         block = params.get(f"block_{i}", {})  # none of a block that was removed whole
         _check_widths(block, i, qk, vo, mlp)
@@ -116,6 +150,11 @@ def _cut_mlp(mlp: Params, width: int) -> Params:
 
 
 def _check_widths(block: Params, index: int, qk: int, vo: int, mlp: int) -> None:
+    if min(qk, vo, mlp) < 0 or (qk == 0) != (vo == 0):
+        raise ValueError(
+            f"qk_dim = {qk}, vo_dim = {vo}, mlp_dim = {mlp} in block {index}: widths are "
+            "0 or more, and attention is removed by both of its widths being 0."
+        )
     have = widths_of_block(block)
     for name, w, most in zip(SubnetSpec._fields, (qk, vo, mlp), have):
         if w > most:

@@ -97,6 +97,8 @@ def greedy(
       ValueError: if the shapes do not belong together, a number is not finite, or the
         covariance has eigenvalues below -ridge of its mean variance.
     """
+    if block < 1:
+        raise ValueError(f"block = {block} must be at least 1.")
     covariance, w2 = (np.asarray(x, np.float64) for x in (covariance, w2))
     size = len(w2)
     if covariance.shape != (size, size):

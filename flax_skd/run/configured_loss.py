@@ -167,8 +167,8 @@ def teacher_of(config: Any) -> SuperNet | None:
     path, loss = config.piad.teacher, config.piad.loss
     if bool(path) != (loss == "teacher"):
         raise ValueError(
-            f"piad.loss = {loss!r} and piad.teacher = {path!r}: the loss 'teacher' "
-            "needs a directory there, and no other takes one."
+            f"piad.loss = {loss!r} and piad.teacher = {path!r}: the loss 'teacher' needs "
+            "a directory, --config.piad.teacher, and no other takes one."
         )
     if not path:
         return None

@@ -9,7 +9,7 @@ import numpy as np
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import compensation, contraction, moments, unit_order
 from flax_skd.method.contraction import Criterion
-from flax_skd.method.statistics import Statistics
+from flax_skd.method.statistics import Statistics, check_gradients
 from flax_skd.run import unit_choice
 
 MEASURED = "measured"
@@ -77,6 +77,8 @@ def contracted(
     """
     spec = network.spec
     units = recipe.units or None
+    if recipe.tokens == "gradient" and recipe.moments():
+        check_gradients(stats)
     if recipe.units == MEASURED:
         units = _measured(network, stats, recipe, batches)
     elif recipe.units in unit_order.ORDERS:

@@ -132,7 +132,7 @@ def fit(
         )
         stack.push(closing(disk.close))
         if resume:
-            state = state._replace(**disk.restore(_saved(state)))
+            state = state._replace(**disk.restore(updates.saved(state)))
             state = sharding.copy_to(state, place)
         start = int(state.step)
         progress = Progress(
@@ -177,7 +177,7 @@ def fit(
             stopping = asked(step) and step < steps
             if stopping or step == steps or step % checkpoint_every == 0:
                 running.settle()  # a state that is not finite must not be saved
-                disk.save(step, _saved(state))
+                disk.save(step, updates.saved(state))
             if evaluate and (step == steps or step % (evaluate_every or steps) == 0):
                 running.settle()
                 with progress.paused():
@@ -188,10 +188,6 @@ def fit(
                     f"{disk.workdir}. Run the same again with --resume to go on."
                 )
     return state
-
-
-def _saved(state: TrainState) -> dict[str, Any]:
-    return {k: x for k, x in state._asdict().items() if k != "frozen"}
 
 
 def _on_mesh(x, place):

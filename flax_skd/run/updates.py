@@ -38,6 +38,11 @@ class TrainState(NamedTuple):
     frozen: Params | None = None
 
 
+def saved(state: TrainState) -> dict[str, Any]:
+    """The fields of a state that its checkpoint holds."""
+    return {k: x for k, x in state._asdict().items() if k != "frozen"}
+
+
 # (state before, state after the optimizer, batch, metrics of the loss) -> state
 AfterUpdate = Callable[[TrainState, TrainState, Batch, Metrics], TrainState]
 # (params, extra) -> params
