@@ -114,6 +114,12 @@ def test_a_family_from_disk_serves_the_network_saved_in_any_precision(
     assert np.isfinite(half(batch["image"])).all()
 
 
+def test_more_than_the_full_network_is_the_full_network(supernet):
+    family = SubnetFamily(supernet)
+    for limit in (float("inf"), 1e300):
+        assert family.use(macs=limit) == family.use(params=limit) == 0
+
+
 def test_a_level_seen_before_compiles_nothing_again(supernet, batch):
     traces = []
 

@@ -197,8 +197,8 @@ class SubnetFamily:
         cost = counts.macs if unit == "macs" else counts.param_count
         if not limit > 0:
             raise ValueError(f"{unit} = {limit} must be above 0.")
-        if limit <= 1:
-            limit *= cost(self.spec, SubnetSpec.full(self.spec))
+        full = cost(self.spec, SubnetSpec.full(self.spec))
+        limit = limit * full if limit <= 1 else min(limit, full)
         return piad.level_for(self.levels, self.spec, int(limit), cost=cost)
 
     def _switch(self, level: int) -> None:
