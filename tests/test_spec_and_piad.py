@@ -67,6 +67,7 @@ def test_an_unknown_variant_lists_the_sizes():
         (((4,) * 3, (4,) * 3, (4, 41, 4)), "mlp_dim = 41 in block 1: must be 0 to 40"),
         (((4, 4, 0), (4,) * 3, (4,) * 3), "block 2: qk_dim = 0, vo_dim = 4"),
         (((4,) * 3, (4,) * 3, (4, 0.5, 4)), "mlp_dim = 0.5 must be a whole number"),
+        ((4, 4, 4), "qk_dim = 4: give one width for every block, or SubnetSpec.uni"),
     ],
 )
 def test_widths_that_do_not_fit_name_the_block(spec, widths, match):
@@ -109,6 +110,8 @@ def test_a_list_that_grows_again_or_starts_cut_is_refused(spec):
         piad.from_rows([], spec)
     with pytest.raises(ValueError, match="steps = 0 must be at least 1"):
         piad.uniform(spec, steps=0)
+    with pytest.raises(ValueError, match=r"a budget of 0\.5: .* costs"):
+        piad.level_for(piad.uniform(spec), spec, 0.5)
     with pytest.raises(ValueError, match="a budget of nan"):
         piad.level_for(piad.uniform(spec), spec, float("nan"))
 
@@ -134,6 +137,13 @@ def test_masks_and_slices_of_widths_that_are_none_are_refused(spec, params, name
 def test_a_slice_of_attention_without_queries_is_refused(spec, params):
     with pytest.raises(ValueError, match=r"vo_dim = 4, .* in block 1: .* by both"):
         subnet.extract(params, SubnetSpec((4, 0, 4), (4,) * 3, (4,) * 3))
+    with pytest.raises(ValueError, match=r"qk_dim = 4\.0 must be a whole number"):
+        subnet.extract(params, SubnetSpec((4.0,) * 3, (4,) * 3, (4,) * 3))
+    for scalar in (4, np.int64(4), np.array(4)):
+        widths = SubnetSpec(scalar, (4,) * 3, (4,) * 3)
+        for cut in (subnet.extract, lambda p, w: subnet.masks(spec, w)):
+            with pytest.raises(ValueError, match="one width for every block"):
+                cut(params, widths)
     fewer = SubnetSpec((4,) * 2, (4,) * 2, (4,) * 2)
     with pytest.raises(ValueError, match="the parameters hold 3"):
         subnet.extract(params, fewer)

@@ -171,8 +171,12 @@ def level_for(
         if smallest <= limit:
             return level
     raise ValueError(
-        f"no level reaches a budget of {macs.readable(int(limit))}: the smallest "
+        f"no level reaches a budget of {_readable(limit)}: the smallest "
         f"sub-network (level {int(dropout_list.levels)}) costs "
         f"{macs.readable(smallest)}. Ask for at least that, or make a list that goes "
         "further down."
     )
+
+
+def _readable(limit: float) -> str:
+    return macs.readable(int(limit)) if limit >= 1 else f"{limit:g}"

@@ -251,6 +251,21 @@ class SubnetSpec(NamedTuple):
         """The widths of the whole network."""
         return cls.uniform(spec, spec.head_dim, spec.head_dim, spec.mlp_dim)
 
+    def of_blocks(self) -> "SubnetSpec":
+        """Returns these; ValueError for one number that is meant for all blocks."""
+        for name, field in zip(self._fields, self):
+            if not hasattr(field, "__len__") or getattr(field, "shape", None) == ():
+                raise ValueError(
+                    f"{name} = {field!r}: give one width for every block, or "
+                    "SubnetSpec.uniform, which makes blocks alike."
+                )
+        return self
+
+    def static(self) -> "SubnetSpec":
+        """These as tuples of ints; ValueError for what is not whole."""
+        fields = self.of_blocks()._asdict().items()
+        return SubnetSpec(*(tuple(_whole(k, w) for w in field) for k, field in fields))
+
     def check(self, spec: ViTSpec) -> "SubnetSpec":
         """Returns these widths as tuples of ints.
 
@@ -258,12 +273,7 @@ class SubnetSpec(NamedTuple):
           ValueError: if they do not fit `spec`; the message names the block.
         """
         full = (spec.head_dim, spec.head_dim, spec.mlp_dim)
-        widths = SubnetSpec(
-            *(
-                tuple(_whole(name, w) for w in field)
-                for name, field in zip(self._fields, self)
-            )
-        )
+        widths = self.static()
         for name, field, most in zip(self._fields, widths, full):
             if len(field) != spec.depth:
                 raise ValueError(

@@ -26,7 +26,7 @@ def masks(spec: ViTSpec, widths: SubnetSpec) -> tuple[BlockMasks, ...]:
     """
     qk, vo, mlp = (
         jnp.asarray(_checked(name, field, spec), jnp.int32)
-        for name, field in zip(SubnetSpec._fields, widths, strict=True)
+        for name, field in zip(SubnetSpec._fields, SubnetSpec(*widths).of_blocks())
     )
 
     def prefix(width, size):
@@ -108,7 +108,8 @@ def extract(params: Params, widths: SubnetSpec) -> Params:
         or attention without queries or without values; the message names the block.
     """
     out = {k: v for k, v in params.items() if not k.startswith("block_")}
-    lengths = dict(zip(SubnetSpec._fields, map(len, widths), strict=True))
+    widths = SubnetSpec(*widths).static()
+    lengths = dict(zip(widths._fields, map(len, widths)))
     blocks = sum(k.startswith("block_") for k in params)
     if len(set(lengths.values())) > 1 or blocks > lengths["qk_dim"]:
         raise ValueError(
