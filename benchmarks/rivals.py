@@ -239,7 +239,10 @@ def _dense(config):
 
 def _compiled(config, params, spec, loss, extra, program):
     optimizer = train.make_optimizer(config.lr, clip_norm=config.clip_norm)
-    state = train.initial_state(params, optimizer, jax.random.key(0), extra=extra)
+    frozen = program and program.frozen
+    state = train.initial_state(
+        params, optimizer, jax.random.key(0), extra=extra, frozen=frozen
+    )
     rng, size = np.random.default_rng(0), config.data.batch_size
     shape = (size, spec.image_size, spec.image_size, spec.in_channels)
     batch = {
