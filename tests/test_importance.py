@@ -256,6 +256,9 @@ def test_no_images_are_an_error(spec, params, batch):
     for source in ([], [empty]):
         with pytest.raises(ValueError, match="no calibration images"):
             importance.measure(ViT(spec), params, source, CUT)
+    without = {k: x for k, x in batch.items() if k != "weight"}
+    with pytest.raises(ValueError, match="a batch has no weight"):
+        importance.measure(ViT(spec), params, [without], CUT)
 
 
 def test_a_nan_in_the_parameters_is_an_error_that_names_a_block(spec, params, batch):

@@ -237,7 +237,7 @@ def _tfds_records(dataset: str, split: str, name: str):
             f"{name} is not prepared under TFDS_DATA_DIR (or ~/tensorflow_datasets): "
             f"run {prepare}."
         ) from error
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError) as error:  # the latter of other formats
         reason = str(error)
         if "format" in reason:
             reason = (

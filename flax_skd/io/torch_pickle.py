@@ -37,7 +37,8 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 _DAMAGE = (
     *(ValueError, TypeError, LookupError, OverflowError, EOFError, OSError),
-    *(struct.error, zipfile.BadZipFile, NotImplementedError, RuntimeError),
+    # A zip that is encrypted, or compressed as zipfile cannot read, is a RuntimeError.
+    *(struct.error, zipfile.BadZipFile, RuntimeError),
     Warning,  # where warnings are errors: of invalid escapes
 )
 

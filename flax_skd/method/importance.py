@@ -156,13 +156,14 @@ def measure(
       `Importance` in float64, 0 beyond the widths.
 
     Raises:
-      ValueError: if there is no image, or a sum is not finite (the block is named).
+      ValueError: if there is no image, a batch lacks an array, or a sum is not finite
+        (the block is named).
     """
     widths = SubnetSpec(*(np.asarray(field, np.int32) for field in widths))
     widths.check(model.spec)
     total = None
     for batch in batches:
-        batch = {key: batch[key] for key in ("image", "label", "weight")}
+        batch = statistics.arrays_of(batch)
         sums = _jitted_sums(
             model, params, batch, widths, cost=cost, sensitivity=sensitivity
         )

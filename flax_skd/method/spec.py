@@ -15,11 +15,11 @@ _SIZES = {  # name: width, depth, num_heads, mlp_dim
     "L": (1024, 24, 16, 4096),
     "H": (1280, 32, 16, 5120),
 }
-_COUNTS = dict.fromkeys(  # name: least
-    ("image_size", "patch_size", "width", "depth", "num_heads", "head_dim")
-    + ("mlp_dim", "in_channels"),
-    1,
-) | dict.fromkeys(("num_classes", "registers", "pre_logits"), 0)
+_COUNTS = {  # name: least
+    **dict.fromkeys(("image_size", "patch_size", "width", "depth", "num_heads"), 1),
+    **dict.fromkeys(("head_dim", "mlp_dim", "in_channels"), 1),
+    **dict.fromkeys(("num_classes", "registers", "pre_logits"), 0),
+}
 _CHOICES = {
     "pool": ("token", "avg"),
     "gelu": ("exact", "tanh"),

@@ -207,7 +207,7 @@ def collect(
     _check_names(weightings, moments)
     options, total = (cost, tuple(moments), hidden_every), None
     for batch in batches:
-        batch = _arrays_of(batch)
+        batch = arrays_of(batch)
         if total is None:
             place = partial_sums.place_of(batch["weight"])
             _check_every(hidden_every, len(batch["weight"]), partial_sums.count(place))
@@ -237,7 +237,8 @@ def _check_names(weightings: tuple[str, ...], moments: tuple[str, ...]) -> None:
         )
 
 
-def _arrays_of(batch: dict[str, Any]) -> dict[str, Any]:
+def arrays_of(batch: dict[str, Any]) -> dict[str, Any]:
+    """What a pass reads of a batch; ValueError if an array is missing."""
     missing = [k for k in ("image", "label", "weight") if k not in batch]
     if missing:
         raise ValueError(
@@ -294,7 +295,6 @@ def check_gradients(statistics: Statistics) -> None:
     sums = [block[site].taylor1.any() for block in statistics.sums for site in SITES]
     if not any(jax.device_get(sums)):
         raise ValueError(
-            "no gradient of the cost reaches the network, so that nothing in it matters "
-            "more than anything else: a fresh head is all zeros. Train it first, or "
-            "take criterion magnitude or random."
+            "no gradient of the cost reaches the network, to order it by: "
+            "a fresh head is all zeros. Train it first, or take magnitude or random."
         )

@@ -110,11 +110,11 @@ def extract(params: Params, widths: SubnetSpec) -> Params:
     out = {k: v for k, v in params.items() if not k.startswith("block_")}
     widths = SubnetSpec(*widths).static()
     lengths = dict(zip(widths._fields, map(len, widths)))
-    blocks = sum(k.startswith("block_") for k in params)
+    blocks = 1 + max((int(k[6:]) for k in params if k.startswith("block_")), default=-1)
     if len(set(lengths.values())) > 1 or blocks > lengths["qk_dim"]:
         raise ValueError(
-            f"widths of {lengths} blocks, and the parameters hold {blocks}: give one "
-            "width of each kind for every block."
+            f"widths of {lengths} blocks, and the parameters are of at least {blocks}: "
+            "give one width of each kind for every block."
         )
     for i, (qk, vo, mlp) in enumerate(zip(*widths)):
         block = params.get(f"block_{i}", {})  # none of a block that was removed whole
