@@ -66,8 +66,6 @@ class Bench:
             config.data.source, config.data.eval_source = self.train, ""
             if start:
                 config.model.path = start
-            if "piad" in config:
-                config.piad.calibration.source = self.train
             training.train(config, workdir=str(target), overwrite=True, resume=False)
         return target / training.NETWORK
 

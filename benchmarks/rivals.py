@@ -76,8 +76,6 @@ class Systems(ablation.Bench):
         config.data.source, config.data.eval_source = self.train, ""
         found = self.contracted() if start == "wpac" else self.started()
         config.model.path = str(found)
-        if "piad" in config:
-            config.piad.calibration.source = self.train
         for name, value in (self.args.set | changes).items():
             config.update_from_flattened_dict({name: value})
         return config

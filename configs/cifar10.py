@@ -7,7 +7,6 @@
         --config.data.source=npz:CIFAR.npz:train --workdir=WPAC
     flax-skd train --config=configs/cifar10.py:piad --config.model.path=WPAC \
         --config.data.source=npz:CIFAR.npz:train \
-        --config.piad.calibration.source=npz:CIFAR.npz:train \
         --config.data.eval_source=npz:CIFAR.npz:test --workdir=PIAD
 
 16 patches an image, so that an epoch takes minutes on two CPU cores; 3 epochs each. The
@@ -46,6 +45,5 @@ def get_config(variant: str = "piad") -> ConfigDict:
     config.ema_decay = 0.999
     config.piad.progressive_epochs = 1.0
     config.piad.grow_epochs = 0.125
-    config.piad.calibration.source = ""
     config.piad.calibration.images = 256
     return config

@@ -23,7 +23,8 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.source = "" if variant else "digits:train"
-    config.data.eval_source = "" if variant else "digits:test"
+    # Images to evaluate on, empty for none; auto: the digits' for the digits, or none.
+    config.data.eval_source = "" if variant else "auto"
     config.data.eval_labels = ""  # of a tar, as data.labels
     config.data.labels = ""
     config.data.images = 0  # so many of them, the same ones every time; 0 for all

@@ -27,7 +27,8 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.source = "" if variant else "digits:train"
-    config.data.eval_source = "" if variant else "digits:test"
+    # Images to evaluate on, empty for none; auto: the digits' for the digits, or none.
+    config.data.eval_source = "" if variant else "auto"
     config.data.eval_labels = ""  # of a tar, as data.labels
     config.data.labels = ""
     config.data.images = 0  # so many of them, the same ones every time; 0 for all
@@ -49,8 +50,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.piad.share = 0.875  # of all MACs, saved in the end
     config.piad.progressive_epochs = 50.0 if variant else 0.0  # 0: a third of the run
     config.piad.grow_epochs = 1.0  # between two measurements; less for short runs
-    config.piad.masks = "levels"  # of the ablation: none | random_units |
-    # weighted_units | branches
+    config.piad.masks = "levels"  # none | random_units | weighted_units | branches
     config.piad.branch_rate = 0.2  # at which branches are skipped
     config.piad.sampling = "per_step"  # or "per_example"
     # Shares of the MACs, falling, such as "0.85,0.675,0.475,0.275": a step computes the
@@ -63,7 +63,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.piad.cost = "logit"
     config.piad.sensitivity = "cross_entropy"  # accuracy | kl (no labels)
     config.piad.calibration = ConfigDict()
-    config.piad.calibration.source = config.data.source
+    config.piad.calibration.source = ""  # empty: data.source and its labels
     config.piad.calibration.labels = ""
     config.piad.calibration.images = 1024
     config.piad.calibration.batch_size = 64

@@ -200,12 +200,21 @@ def test_a_compensated_network_is_trained_as_it_is_extracted(
     np.testing.assert_allclose(value, want, rtol=1e-5)
 
 
-def test_levels_of_examples_and_a_compensation_do_not_go_together(spec, params, levels):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sampling": "per_example"},
+        {"masks": "random_units"},
+        {"masks": "weighted_units"},
+        {"masks": "branches"},
+    ],
+)
+def test_a_compensation_goes_with_one_level_a_step_alone(spec, params, change):
     full = SubnetSpec.full(spec)
     network = SuperNet(
         params, spec, piad.from_rows([full], spec), {}, random_repairs(spec)
     )
     config = load("configs/piad.py")
-    config.piad.sampling = "per_example"
-    with pytest.raises(ValueError, match="one set of weights a cut"):
+    config.piad.update(change)
+    with pytest.raises(ValueError, match="--config.compensation=none"):
         programs.piad_program(config, network)

@@ -153,6 +153,8 @@ def test_every_variant_trains_by_the_one_loss(spec, params, batch, state, name):
         ({"masks": "branches", "loss": "sandwich"}, "not 'per_step' and 'sandwich'"),
         ({"masks": "none", "sampling": "per_example"}, "sampling 'per_step'"),
         ({"draw": "dice"}, "choose one of uniform, macs"),
+        ({"masks": "none", "draw": "macs"}, "'none' draw no level"),
+        ({"masks": "branches", "draw": "macs"}, "'branches' draw no level"),
     ],
 )
 def test_masks_that_do_not_go_together_are_refused(spec, change, message):

@@ -28,6 +28,7 @@ from flax_skd.run import (
 )
 
 ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
 IMAGES = 40
 
 
@@ -317,6 +318,50 @@ def test_help_names_every_command_flag_and_config_entry(capsys):
         assert all(f"--{flag}" in text for flag in command.flags)
     assert main.main(["contract", "--help"]) == 0
     assert "--config.data.batch_size" in capsys.readouterr().out
+
+
+VARIANTS = {
+    "convert": "Ti/16",
+    "sweep": None,
+    "profile": None,
+    "finetune": "imagenet",
+    "cifar10": "start",
+    "ablation": "pretrained/macs",
+    "base": "reduced",
+}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.py")), ids=lambda p: p.stem)
+def test_help_lists_every_entry_of_every_shipped_config_with_its_value(path):
+    default = "reduced" if path.parent.name == "rivals" else "S/16"
+    variant = VARIANTS.get(path.stem, default)
+    name = path.relative_to(CONFIGS.parent).as_posix()
+    for asked in (name, f"{name}:{variant}") if variant else (name,):
+        text = main.command_help("train", asked).partition("change one entry")[2]
+        config = config_files.load(asked)
+        lines = dict(re.findall(r"--config\.([\w.]+) = ?([^#\n]*)", text))
+        assert len(lines) > 1 and text.count("--config.") == len(lines)
+        for entry, told in lines.items():
+            value = config
+            for part in entry.split("."):
+                value = value[part]
+            assert not hasattr(value, "items")
+            assert told.strip() == ("" if value is None else repr(value))
+        assert sum(1 for _ in leaves(config)) == len(lines)
+
+
+def leaves(config):
+    for value in config.values():
+        if hasattr(value, "items"):
+            yield from leaves(value)
+        else:
+            yield value
+
+
+def test_help_tells_what_the_file_says_beside_an_entry_and_nothing_of_its_base():
+    told = main.command_help("train", "configs/ablation.py:piad")
+    assert "--config.data.augment.name = 'shift_crop'  # flip_crop | none" in told
+    assert "--config.lr = 0.001\n" in told  # piad.py says 5e-4 * batch / 512
 
 
 def test_what_uses_devices_may_run_in_several_processes():

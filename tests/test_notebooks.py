@@ -1,6 +1,7 @@
 """The notebooks run from a clean kernel, and are committed without outputs."""
 
 import ast
+import functools
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import types
 
 import jax
 import numpy as np
@@ -31,6 +33,8 @@ def cells(path, kind="code"):
 
 def code(cell):
     """The Python of a cell, without the lines that are Jupyter's."""
+    if cell["source"][0].startswith("%%"):
+        return ""
     return "".join(line for line in cell["source"] if not line.startswith("%"))
 
 
@@ -39,6 +43,16 @@ def replacement(path):
     texts = ["".join(cell["source"]) for cell in cells(path, "markdown")]
     (text,) = (text for text in texts if "change this cell" in text and "##" in text)
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+
+
+def colab(monkeypatch):
+    """Stands in for what Colab alone has; returns the folders that are mounted."""
+    mounted = []
+    drive = types.SimpleNamespace(mount=mounted.append)
+    module = types.SimpleNamespace(drive=drive)
+    monkeypatch.setitem(sys.modules, "google", types.SimpleNamespace(colab=module))
+    monkeypatch.setitem(sys.modules, "google.colab", module)
+    return mounted
 
 
 def names(text, context):
@@ -66,6 +80,29 @@ def test_notebooks_are_committed_without_outputs(name):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("chips", ["", "cuda12", "tpu"])
+def test_the_first_cell_installs_for_the_runtime(name, chips, tmp_path):
+    """Colab's, with its folder, `nvidia-smi` and `pip` stood in for."""
+    first = "".join(cells(NOTEBOOKS[name])[0]["source"])
+    if chips == "tpu":
+        (tmp_path / "accel0").touch()
+    text = first.removeprefix("%%bash\n").replace("/dev/", f"{tmp_path}/")
+    text = text.replace(f"{tmp_path}/null", "/dev/null")
+    has = 0 if chips == "cuda12" else 1
+    tools = f'nvidia-smi() {{ return {has}; }}; pip() {{ echo "$@"; }}\n'
+    env = {"PATH": os.environ["PATH"], "COLAB_RELEASE_TAG": "release"}
+    run = functools.partial(subprocess.run, ["bash", "-c", tools + text], text=True)
+    extras = ["export"] * (name == "export_and_deploy") + [chips] * bool(chips)
+    wanted = f"[{','.join(extras)}]" if extras else ""
+    done = run(env=env, capture_output=True, check=True)
+    assert done.stdout == f"install --quiet /content/flax_skd{wanted}\n"
+    del env["COLAB_RELEASE_TAG"]
+    assert run(env=env, capture_output=True, check=True).stdout == ""
+    setup = (ROOT / "setup.py").read_text()
+    assert all(f'"{extra}": [' in setup for extra in extras)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebooks_have_no_logic_of_their_own(name):
     kinds = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.While, ast.Try)
     for cell in cells(NOTEBOOKS[name]):
@@ -74,7 +111,7 @@ def test_notebooks_have_no_logic_of_their_own(name):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_the_one_cell_to_change_makes_all_that_the_others_read(name):
-    first, *others = (code(cell) for cell in cells(NOTEBOOKS[name]))
+    _, first, *others = (code(cell) for cell in cells(NOTEBOOKS[name]))
     made = names(first, ast.Store)
     read = set()
     for text in reversed(others):
@@ -107,6 +144,7 @@ def test_what_scales_a_notebook_to_a_real_checkpoint_runs(
     name, real_files, monkeypatch
 ):
     monkeypatch.chdir(real_files)
+    mounted = colab(monkeypatch)
     made = {}
     exec(replacement(NOTEBOOKS[name]), made)  # noqa: S102, our own notebook
     if name == "quickstart":
@@ -116,6 +154,7 @@ def test_what_scales_a_notebook_to_a_real_checkpoint_runs(
         assert made["wpac"].model.variant == "Ti/16"
     if name == "train_piad":
         assert made["piad"].program == "piad" and made["piad"].dtype == "bfloat16"
+        assert made["folder"].startswith(mounted[0])
 
 
 def outputs(name, folder):

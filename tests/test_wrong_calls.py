@@ -143,12 +143,14 @@ def test_a_mistyped_entry_gets_a_hint(tmp_path, capsys):
     args = ["train", f"--workdir={tmp_path}/run", "--config.data.batchsize=3"]
     told = refused(args, capsys)
     assert "no entry 'batchsize' in the config; flax-skd train --help" in told
+    told = refused([*args, "--config=configs/piad.py:S/16"], capsys)
+    assert "flax-skd train --config=configs/piad.py:S/16 --help lists them" in told
     assert 'Did you mean "batch_size"' in told and "\\" not in told
 
 
 def test_help_lists_the_entries_of_the_config_that_is_named(capsys):
     assert main.main(["train", "--help", "--config=configs/piad.py:S/16"]) == 0
-    assert "--config.piad.progressive_epochs" in capsys.readouterr().out
+    assert "--config.piad.progressive_epochs = 50.0" in capsys.readouterr().out
     assert "no config file 'nowhere.py'" in refused(
         ["train", "--help", "--config=nowhere.py"], capsys
     )

@@ -1,7 +1,8 @@
 """HPM-KD (arXiv:2512.09886): students in a chain, several teachers, moving temperature.
 
     flax-skd train --config=configs/rivals/hpm_kd.py:reduced --config.model.path=SUPERNET \
-        --config.data.source=npz:F:train --workdir=DIR
+        --config.data.source=npz:F:train --config.data.eval_source=npz:F:test \
+        --workdir=DIR
 
 SUPERNET is a directory of contract or train; its levels give the sizes of the students
 (uniform ones, if it has only one). DIR/network is the full network as it was,

@@ -1,7 +1,8 @@
 """LDR (NeurIPS 2024), and TLEG (AAAI 2024, arXiv:2312.05614): blocks from components.
 
     flax-skd train --config=configs/rivals/ldr.py:reduced --config.model.path=START \
-        --config.data.source=npz:F:train --workdir=DIR
+        --config.data.source=npz:F:train --config.data.eval_source=npz:F:test \
+        --workdir=DIR
 
 START is a directory of a full network, which teaches and from whose mean block training
 starts. DIR/network has the full depth, DIR/network-depth-6 and so on the others: starts

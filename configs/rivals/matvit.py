@@ -1,7 +1,8 @@
 """MatViT (MatFormer, arXiv:2310.07707): four prefixes of every MLP, four losses a step.
 
     flax-skd train --config=configs/rivals/matvit.py:reduced --config.model.path=START \
-        --config.data.source=npz:F:train --workdir=DIR
+        --config.data.source=npz:F:train --config.data.eval_source=npz:F:test \
+        --workdir=DIR
 
 START is a directory of a full network; DIR/network is a super-network of four levels.
 Attention is never cut, so that the smallest of a ViT-S/16 keeps half of the MACs. The

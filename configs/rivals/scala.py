@@ -1,7 +1,8 @@
 """Scala (Zhang et al., NeurIPS 2024, arXiv:2412.04786): static widths by slicing.
 
     flax-skd train --config=configs/rivals/scala.py:reduced --config.model.path=START \
-        --config.data.source=npz:F:train --workdir=DIR
+        --config.data.source=npz:F:train --config.data.eval_source=npz:F:test \
+        --workdir=DIR
 
 START is a directory of a full network. DIR/network is the full network trained,
 DIR/network-0.5 that of ratio 0.5, and so on: ordinary networks to evaluate, fine-tune and

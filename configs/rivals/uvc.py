@@ -1,7 +1,8 @@
 """UVC (Yu et al., ICLR 2022, arXiv:2203.08243): one structure within a budget, by duals.
 
     flax-skd train --config=configs/rivals/uvc.py:reduced --config.model.path=START \
-        --config.rival.budget=0.5 --config.data.source=npz:F:train --workdir=DIR
+        --config.rival.budget=0.5 --config.data.source=npz:F:train \
+        --config.data.eval_source=npz:F:test --workdir=DIR
 
 START is a directory of a full network, which teaches too. DIR/network has two levels: the
 full network (cut to, not trained on) and the structure found: extract the budget.

@@ -95,11 +95,15 @@ def _piad_cut(options: Any, spec: ViTSpec, groups: growth.Groups) -> CutOf:
             f"masks {options.masks!r} go with sampling 'per_step' and the losses "
             f"'labels' and 'teacher', not {options.sampling!r} and {options.loss!r}."
         )
-    if options.masks == "none":
-        return objective.whole
-    if options.masks not in elastic.MASKS:
+    if options.masks not in ("none", *elastic.MASKS):
         known = ", ".join(["levels", "none", *elastic.MASKS])
         raise ValueError(f"masks {options.masks!r}: choose one of {known}.")
+    if options.masks in ("none", "branches") and options.draw != "uniform":
+        raise ValueError(
+            f"masks {options.masks!r} draw no level, and draw {options.draw!r} says how."
+        )
+    if options.masks == "none":
+        return objective.whole
     return elastic.MASKS[options.masks](
         spec, groups=groups, draw=draw, rate=options.branch_rate
     )

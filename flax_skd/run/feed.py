@@ -35,6 +35,22 @@ def open_images(section: Any, spec: ViTSpec, *, seed: int = 0) -> sources.Source
     return source
 
 
+def calibration_of(config: Any) -> Any:
+    """The `piad.calibration` section; the images of training where it names none."""
+    section = config.piad.calibration.copy_and_resolve_references()
+    if not section.source:
+        section.source = config.data.source
+        section.labels = section.labels or config.data.labels
+    return section
+
+
+def eval_source_of(section: Any) -> str:
+    """Where the images to evaluate on are, by the `data` section; "" for none."""
+    if section.eval_source != "auto":
+        return section.eval_source
+    return "digits:test" if section.source.startswith("digits") else ""
+
+
 def batches_of(section: Any, spec: ViTSpec, *, seed: int) -> data.EvalBatches:
     """Evaluation batches of the `data` section of a config; 0 images for all."""
     return data.eval_batches(

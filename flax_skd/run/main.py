@@ -2,8 +2,6 @@
 
 import logging
 import os
-import pathlib
-import re
 import sys
 
 import jax
@@ -45,18 +43,11 @@ def command_help(name: str, config: str = "") -> str:
 
 
 def _entries(config: str) -> list[str]:
-    """What a config file sets, then what the file it starts from sets."""
-    config = config.partition(":")[0]
-    text = pathlib.Path(config_files.find(config)).read_text()
-    lines = [line.strip() for line in text.splitlines()]
-    lines = [
-        "    " + line.replace("config.", "--config.", 1).replace("placeholder", "")
-        for line in lines
-        if line.startswith("config.") and "ConfigDict()" not in line
-    ]
-    base = re.search(r"config_files\.load\(f?.(configs/\w+\.py)", text)
-    if base:
-        lines += ["", f"    of {base[1]}, where not set above:", *_entries(base[1])]
+    """A line for each entry of a config: name, value, comment."""
+    lines = []
+    for name, value, comment in config_files.entries(config):
+        line = f"    --config.{name} = {'' if value is None else repr(value)}".rstrip()
+        lines.append(f"{line}  # {comment}" if comment else line)
     return lines
 
 
@@ -140,7 +131,9 @@ def main(arguments: list[str]) -> int:
         # ml_collections raises either for an entry that a locked config lacks.
         entry, *hint = str(error.args[0]).strip("\"'").replace("\\n", "\n").split("\n")
         hint = f" {hint[0]}" if hint else ""
-        lists = f"flax-skd {name} --help lists them"
+        path = _split_config(rest, "")[0]
+        asked = f"--config={path} --help" if path else "--help"
+        lists = f"flax-skd {name} {asked} lists them"
         print(
             f"flax-skd {name}: no entry {_bare(entry)!r} in the config; {lists}.{hint}",
             file=sys.stderr,

@@ -119,11 +119,13 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
     every step.
     """
     spec, options = supernet.spec, config.piad
-    if supernet.compensation is not None and options.sampling == "per_example":
+    plain = options.sampling == "per_step" and options.masks in ("levels", "none")
+    if supernet.compensation is not None and not plain:
         raise ValueError(
-            "sampling 'per_example' cuts every example by itself, and a compensated "
-            "network has one set of weights a cut: take sampling 'per_step', or "
-            "contract with --config.compensation=none."
+            f"sampling {options.sampling!r} with masks {options.masks!r} cuts other than "
+            "by one level a step, and only such cuts can be repaired, which this network "
+            "asks for: take sampling 'per_step' and masks 'levels', or contract with "
+            "--config.compensation=none."
         )
     model = configured_loss.vit_of(config, spec)
     groups = growth.Groups(
@@ -189,7 +191,7 @@ def _stages(config: Any) -> int:
 def _grower(config: Any, model: ViT, groups: growth.Groups, stages: int):
     """`before_epoch` of PIAD: measure at the smallest level, append what it bears."""
     spec, options = model.spec, config.piad
-    batches = feed.batches_of(options.calibration, spec, seed=config.seed)
+    batches = feed.batches_of(feed.calibration_of(config), spec, seed=config.seed)
     mesh = sharding.mesh(config.mesh)
     cost = costs.cost_named(options.cost, spec.num_classes)
     rise = importance.sensitivity_named(options.sensitivity, spec.num_classes)

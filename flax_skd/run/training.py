@@ -232,11 +232,12 @@ def _evaluator(
 
     What it found last is left in `latest`.
     """
-    if not config.data.eval_source:
+    name = feed.eval_source_of(config.data)
+    if not name:
         return None
     model, spec = program.model, program.model.spec
     source = sources.open_source(
-        config.data.eval_source,
+        name,
         labels=config.data.eval_labels or None,
         num_classes=spec.num_classes,
     )
