@@ -20,6 +20,4 @@ def get_config(variant: str = "") -> ConfigDict:
     config.criterion = "balanced"
     config.units = "greedy"
     config.compensation = "least_squares"
-    # Second moments of hidden units from every k-th image; k divides a device's images.
-    config.hidden_every = 1
     return config

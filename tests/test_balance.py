@@ -107,7 +107,7 @@ def test_cut_outputs_lose_the_cut_singular_values_of_each_head(network, stats, n
             moment = moment + np.outer(mean, mean)
         metric = np.eye(SMALL.width)
         if name == "gradient metric":
-            metric = np.float64(stats.branches[i]["gradient"].attn.gram)
+            metric = np.float64(stats.branches[i]["gradient"].gram)
         block = network[f"block_{i}"]
         scale = np.float64(block["layer_scale1"])
         half = scale[:, None] * root(metric)

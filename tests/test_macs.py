@@ -101,6 +101,9 @@ def test_an_unknown_convention_lists_the_known_ones():
         (1_253_683_200, "1.254G"),
         (5_717_416, "5.717M"),
         (7, "7"),
+        (999_949, "999.9k"),
+        (999_999, "1.000M"),
+        (999_999_999, "1.000G"),
     ],
 )
 def test_counts_are_written_with_four_digits(count, text):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_skd.method import losses, vit
+from flax_skd.method import costs, losses, vit
 from flax_skd.run import mixing, sharding
 
 OFF = mixing.Mixing(mixup=0, cutmix=0, smoothing=0, erase=0)
@@ -225,6 +225,14 @@ def test_targets_sum_to_one(spec, batch, seed):
     got = mixing.mixed_batch(jax.random.key(seed), pixels, spec, mixing.Mixing())
     np.testing.assert_allclose(got["label"].sum(-1), 1, rtol=1e-6)
     assert (got["label"] >= 0.1 / 5 - 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16])
+def test_labels_of_few_bits_are_the_classes_they_name(dtype):
+    logits = jax.random.normal(jax.random.key(0), (2, 300))
+    few, labels = jnp.array([1, 60], dtype), jnp.array([1, 60], jnp.int32)
+    for cost in (losses.cross_entropies, costs.correct_logit, costs.cross_entropy):
+        np.testing.assert_array_equal(cost(logits, few), cost(logits, labels))
 
 
 def test_with_everything_off_labels_become_one_hot_and_nothing_else_happens(

@@ -7,7 +7,7 @@ import pytest
 from conftest import shake
 from test_statistics import assert_close, collect, features_and_gradients
 
-from flax_skd.method import second_moments, statistics, subnet, vit
+from flax_skd.method import pass_checks, second_moments, statistics, subnet, vit
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
 
@@ -69,7 +69,6 @@ def test_moments_of_queries_and_keys_equal_the_formula(stats, seen, weighting):
                 f = f - f.mean(2, keepdims=True)
             want = np.einsum("bhn,bhnd,bhne->hde", weight, f, f)
             near(getattr(got, site), want)
-            near(getattr(got, f"{site}_weight"), weight.sum((0, 2)))
 
 
 def test_attended_keys_are_centred_by_each_querys_attention(stats, seen):
@@ -115,7 +114,8 @@ def test_moments_of_branches_equal_the_formula(stats, seen, branch, weighting):
         want = (weight[:, None] * centred).T @ centred / weight.sum()
         near(stats.branch_mean(i, branch, weighting), mean)
         near(stats.branch_covariance(i, branch, weighting), want)
-        near(getattr(stats.branches[i][weighting], branch).gram, g.T @ g)
+        if branch == "attn":
+            near(stats.branches[i][weighting].gram, g.T @ g)
 
 
 def derived(stats):
@@ -123,8 +123,7 @@ def derived(stats):
     named = [(i, w) for i in range(SMALL.depth) for w in second_moments.WEIGHTINGS]
     both = [(*n, branch) for n in named for branch in ("attn", "mlp")]
     return (
-        [stats.branches[i][w][:5] for i, w in named],
-        [getattr(stats.branches[i][w], b).gram for i, w, b in both],
+        [stats.branches[i][w][:4] for i, w in named],
         [stats.branch_mean(i, b, w) for i, w, b in both],
         [stats.branch_covariance(i, b, w) for i, w, b in both],
     )
@@ -161,6 +160,27 @@ def test_a_vector_added_to_all_keys_changes_neither_logits_nor_moments(
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
 
 
+def test_moments_of_images_much_alike_do_not_cancel(network, images):
+    # Where one token alone has weight, as in the last block, its distance from the mean
+    # of all tokens is a thousand times its variance over such images.
+    rng = np.random.default_rng(5)
+    noise = rng.integers(0, 3, images["image"].shape).astype(np.uint8)
+    alike = {**images, "image": images["image"][:1] // 2 + noise}
+    got = collect(SMALL, network, alike, 4, moments=("gradient", "plain"))
+    features, gradients = features_and_gradients(SMALL, network, alike)
+    for i in range(SMALL.depth):
+        f, g = features[i, "hidden"], gradients[i, "mlp_out"].reshape(-1, SMALL.width)
+        f = f.reshape(len(g), -1)
+        for weighting in second_moments.WEIGHTINGS:
+            gradient = np.linalg.norm(g, axis=1)
+            weight = gradient if weighting == "gradient" else np.ones(len(g))
+            centred = f - weight @ f / weight.sum()
+            want = (weight[:, None] * centred).T @ centred / weight.sum()
+            found = got.branch_covariance(i, "mlp", weighting)
+            np.testing.assert_allclose(found, want, atol=1e-4 * want.max())
+            assert np.linalg.eigvalsh(found)[0] > -1e-5 * np.trace(found) / len(found)
+
+
 def test_attended_keys_are_left_out_unless_asked_for(network, images):
     got = collect(SMALL, network, images, 8, moments=("plain",))
     assert not np.any(got.branches[0]["plain"].key_attended)
@@ -173,11 +193,11 @@ def test_attended_keys_are_left_out_unless_asked_for(network, images):
 
 def test_sums_that_are_not_finite_are_traced_to_their_block(stats):
     moments = stats.branches[1]["plain"]
-    broken = moments._replace(mlp=moments.mlp._replace(gram=jnp.full((16, 16), np.inf)))
+    broken = moments._replace(gram=jnp.full((16, 16), np.inf))
     bad = stats._replace(branches=(stats.branches[0], {"plain": broken}))
-    statistics.check_finite(stats)
+    pass_checks.check_finite(stats)
     with pytest.raises(ValueError, match="second moments in block 1 are not finite"):
-        statistics.check_finite(bad)
+        pass_checks.check_finite(bad)
 
 
 @pytest.mark.parametrize("moments", [("taylor",), ("attended",)])
@@ -218,10 +238,9 @@ def test_hidden_moments_of_every_second_image_are_those_of_these_images(
         ):
             near(have, there)
         few, whole = (s.branches[i]["gradient"] for s in (got, stats))
-        near(few.mlp.gram, want.branches[i]["gradient"].mlp.gram)
         assert abs(few.mlp.weight - whole.mlp.weight) > 0.1 * whole.mlp.weight
         near(few.query, whole.query)  # all else is of all images
-        near(few.attn.gram, whole.attn.gram)
+        near(few.gram, whole.gram)
         near(
             got.branch_covariance(i, "attn", "gradient"),
             stats.branch_covariance(i, "attn", "gradient"),

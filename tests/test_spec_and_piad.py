@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_skd.method import macs, piad, subnet
+from flax_skd.method import macs, piad, subnet, vit
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 
 
@@ -137,6 +137,10 @@ def test_masks_and_slices_of_widths_that_are_none_are_refused(spec, params, name
 def test_a_slice_of_attention_without_queries_is_refused(spec, params):
     with pytest.raises(ValueError, match=r"vo_dim = 4, .* in block 1: .* by both"):
         subnet.extract(params, SubnetSpec((4, 0, 4), (4,) * 3, (4,) * 3))
+    for known in (tuple, np.array):
+        widths = SubnetSpec(known((4, 0, 4)), known((4,) * 3), known((4,) * 3))
+        with pytest.raises(ValueError, match="removed by both"):
+            subnet.masks(spec, widths)
     with pytest.raises(ValueError, match=r"qk_dim = 4\.0 must be a whole number"):
         subnet.extract(params, SubnetSpec((4.0,) * 3, (4,) * 3, (4,) * 3))
     for scalar in (4, np.int64(4), np.array(4)):
@@ -149,6 +153,21 @@ def test_a_slice_of_attention_without_queries_is_refused(spec, params):
     for tree in (params, first_gone):
         with pytest.raises(ValueError, match="the parameters are of at least 3"):
             subnet.extract(tree, fewer)
+
+
+@pytest.mark.parametrize("as_given", [tuple, list, np.array])
+def test_widths_are_any_three_sequences(spec, params, as_given):
+    want = SubnetSpec((4, 0, 4), (3, 0, 4), (20, 7, 0))
+    widths = as_given([as_given(field) for field in want])
+    assert macs.macs(spec, widths) == macs.macs(spec, want)
+    assert macs.param_count(spec, widths) == macs.param_count(spec, want)
+    fresh = vit.init(spec, jax.random.key(0), widths=widths)
+    small = subnet.extract(params, widths)
+    assert jax.tree.map(jnp.shape, small) == jax.tree.map(jnp.shape, fresh)
+    images = np.zeros((1, spec.image_size, spec.image_size, 3), np.float32)
+    got = vit.ViT(spec, widths).apply({"params": small}, images)
+    masked = vit.ViT(spec).apply({"params": params}, images, subnet.masks(spec, widths))
+    np.testing.assert_allclose(got, masked, atol=1e-5)
 
 
 def test_sizes_of_numpy_are_those_of_python(spec):

@@ -26,14 +26,14 @@ FLOORS = {
         [
             *("method.attention", "method.layers", "method.vit", "method.macs"),
             *("method.subnet", "method.losses", "method.costs", "method.moments"),
-            *("method.partial_sums", "method.refit"),
+            *("method.partial_sums", "method.refit", "method.observed"),
         ],
         1,
     ),
     **dict.fromkeys(
         [
             *("method.statistics", "method.second_moments", "method.feature_sums"),
-            *("method.compensation", "method.unit_order"),
+            *("method.compensation", "method.unit_order", "method.pass_checks"),
         ],
         2,
     ),
@@ -87,7 +87,10 @@ ALONG_A_FLOOR = {
     ("method.growth", "method.importance"),
     ("method.allocation", "method.growth"),
     ("method.allocation", "method.piad"),
+    ("method.observed", "method.vit"),
     ("method.statistics", "method.second_moments"),
+    ("method.statistics", "method.pass_checks"),
+    ("method.pass_checks", "method.feature_sums"),
     ("method.statistics", "method.feature_sums"),
     ("method.feature_sums", "method.second_moments"),
     ("method.contraction", "method.balance"),

@@ -175,7 +175,7 @@ def save_subnet(
       ValueError: if the directory holds anything and `overwrite` is not given, or
         anything but a sub-network; if params do not match the spec and widths.
     """
-    spec, widths = network.spec, network.widths.check(network.spec)
+    spec, widths = network.spec, SubnetSpec(*network.widths).check(network.spec)
     params = _flat(network.params)
     checked.params(params, spec, widths, "this sub-network")
     facts = {

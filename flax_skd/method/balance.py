@@ -114,7 +114,7 @@ def value_out(
         kernel = kernel * np.asarray(block["layer_scale1"], np.float64)
     if options.metric == "gradient":
         moments = second_moments.of_block(statistics.branches, index, name)
-        values, vectors = _eigh(moments.attn.gram)
+        values, vectors = _eigh(moments.gram)
         kernel = kernel @ (vectors * np.sqrt(np.maximum(values, 0)))
     heads, dim, _ = kernel.shape
     mixed = np.asarray(statistics.branch_covariance(index, "attn", name), np.float64)

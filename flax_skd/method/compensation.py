@@ -156,6 +156,7 @@ def repaired(
     """
     if compensation is None:
         return params
+    widths = SubnetSpec(*widths)
     kept = {"attn": widths.vo_dim, "mlp": widths.mlp_dim}
     _check_depths(spec, compensation, kept)
     if _known(params, compensation, kept):

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_skd.method import balance
+from flax_skd.method.pass_checks import check_gradients
 from flax_skd.method.spec import ViTSpec
-from flax_skd.method.statistics import HIGHEST, Statistics, check_gradients
+from flax_skd.method.statistics import HIGHEST, Statistics
 from flax_skd.method.vit import Array, Params
 
 

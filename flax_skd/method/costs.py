@@ -39,6 +39,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
 def _classes(logits: Array, labels: Array) -> tuple[Array, Array]:
     """Labels within 0..K-1, and [B], nan where one is not: a factor spoils gradients."""
+    labels = labels.astype(jnp.int32)
     inside = (labels >= 0) & (labels < logits.shape[-1])
     known = jnp.where(inside, 1.0, jnp.nan).astype(logits.dtype)
     return jnp.where(inside, labels, 0), known

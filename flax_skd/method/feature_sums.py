@@ -60,7 +60,7 @@ def heads(feature: Array) -> Array:
 
 
 def of(feature: Array, gradient: Array, seen: Any, zeros: FeatureSums) -> FeatureSums:
-    """The sums of one batch, as `second_moments.observed` asks for them.
+    """The sums of one batch, as `observed.observed` asks for them.
 
     Args:
       feature: [B, H, N, d], or hidden units [B, N, M].

@@ -190,7 +190,7 @@ def removals(
     Returns:
       `Removal`s by rising slope; equal ones by block, attention before MLP.
     """
-    importance, widths = importance.check(spec), widths.check(spec)
+    importance, widths = importance.check(spec), SubnetSpec(*widths).check(spec)
     ends_of = groups.ends(spec)
     found: list[Removal] = []
     for block in range(spec.depth):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flax_skd.method import costs, statistics, subnet
+from flax_skd.method import costs, pass_checks, statistics, subnet
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import Array, BlockMasks, Params, ViT
 
@@ -163,7 +163,7 @@ def measure(
     widths.check(model.spec)
     total = None
     for batch in batches:
-        batch = statistics.arrays_of(batch)
+        batch = pass_checks.arrays_of(batch)
         sums = _jitted_sums(
             model, params, batch, widths, cost=cost, sensitivity=sensitivity
         )

@@ -23,6 +23,7 @@ def cross_entropies(
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
     known = jnp.ones(labels.shape[:1], bool)
     if labels.ndim == 1:
+        labels = labels.astype(jnp.int32)  # 8 bits hold no 300 classes to compare with
         known = (labels >= 0) & (labels < classes)
         labels = jax.nn.one_hot(labels, classes, dtype=jnp.float32)
     targets = (1 - label_smoothing) * labels + label_smoothing / classes

@@ -79,7 +79,9 @@ def macs(
       convention: `full` or `paper`.
     """
     cost = costs(spec, convention)
-    widths = (widths or SubnetSpec.full(spec)).check(spec)
+    widths = (
+        SubnetSpec.full(spec) if widths is None else SubnetSpec(*widths).check(spec)
+    )
     return cost.embed_and_head + sum(
         qk * cost.qk
         + vo * cost.vo
@@ -93,7 +95,9 @@ def macs(
 def param_count(spec: ViTSpec, widths: SubnetSpec | None = None) -> int:
     """Number of parameters of a sub-network."""
     d, h = spec.width, spec.num_heads
-    widths = (widths or SubnetSpec.full(spec)).check(spec)
+    widths = (
+        SubnetSpec.full(spec) if widths is None else SubnetSpec(*widths).check(spec)
+    )
     tokens = spec.num_tokens if spec.pos_embed_prefix else spec.grid**2
     total = spec.patch_size**2 * spec.in_channels * d + d + (tokens * d)
     total += spec.num_prefix * d + 2 * d * (1 + spec.pre_norm)
@@ -118,7 +122,7 @@ def branch_fraction(spec: ViTSpec, widths: SubnetSpec) -> float:
 def readable(count: int) -> str:
     """A count for a table: `1.254G`, `93.2M`, `512`."""
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if count >= size:
+        if count >= size * (1 - 5e-5):  # what rounds to a thousand of the next
             digits = max(0, 3 - int(math.log10(count / size)))
             return f"{count / size:.{digits}f}{unit}"
     return str(count)

@@ -53,7 +53,7 @@ def regularised(covariance: Any, ridge: float = RIDGE) -> np.ndarray:
 
     Args:
       covariance: [n, n], symmetric but for rounding.
-      ridge: of the mean variance, at least the rounding of the sums (1e-6 in float32).
+      ridge: of the mean variance, at least the rounding of the sums (1e-5 in float32).
     """
     covariance = np.asarray(covariance, np.float64)
     covariance = (covariance + covariance.T) / 2

@@ -7,12 +7,13 @@ units of a branch together, with the gradient at the branch's output.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from flax_skd.method.layers import times
+from flax_skd.method.observed import observed
 from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import Array, BlockMasks, Taps
 
@@ -54,13 +55,11 @@ class BranchMoments(NamedTuple):
       weight: sum of w, [].
       first: sum of w (f - p), [n].
       second: sum of w (f - p)^T (f - p), [n, n].
-      gram: sum of g^T g, [D, D], g = dC/d(branch output); no weights.
     """
 
     weight: Array
     first: Array
     second: Array
-    gram: Array
 
 
 class BlockMoments(NamedTuple):
@@ -68,50 +67,21 @@ class BlockMoments(NamedTuple):
 
     Attributes:
       query: sum of w q^T q, not centred, [H, d, d].
-      query_weight: sum of w, [H].
       key: sum of w (k - kbar)^T (k - kbar), [H, d, d], kbar the plain mean over the
         tokens of the same image and head.
-      key_weight: sum of w, [H].
       key_attended: sum over queries i of sum_j a_ij k_j^T k_j - kbar_i^T kbar_i,
         [H, d, d], a the attention and kbar_i = sum_j a_ij k_j; no weights. Zero unless
         asked for.
+      gram: sum of g^T g, [D, D], g = dC/d(output of attention); no weights.
       attn, mlp: of the branches.
     """
 
     query: Array
-    query_weight: Array
     key: Array
-    key_weight: Array
     key_attended: Array
+    gram: Array
     attn: BranchMoments
     mlp: BranchMoments
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def observed(sums_of: Callable, feature: Array, seen: Any, zeros: Any) -> Array:
-    """`feature`, unchanged; the cotangent of `zeros` is the sums of this batch.
-
-    Args:
-      sums_of: function (feature, its gradient, seen, zeros) -> sums of the structure
-        of `zeros`, which is there for its structure alone.
-      feature: any array on the way to the cost.
-      seen: pytree of other arrays the sums need; no gradient flows into them.
-      zeros: accumulators.
-    """
-    del sums_of, seen, zeros
-    return feature
-
-
-def _forward(sums_of, feature, seen, zeros):
-    del sums_of
-    return feature, (feature, seen, zeros)
-
-
-def _backward(sums_of, saved, gradient):
-    return gradient, None, sums_of(saved[0], gradient, *saved[1:])
-
-
-observed.defvjp(_forward, _backward)
 
 
 def checked(moments: tuple[str, ...]) -> tuple[str, ...]:
@@ -133,19 +103,48 @@ def zeros(spec: ViTSpec, moments: tuple[str, ...]) -> dict[str, BlockMoments]:
     """Accumulators of one block, by weighting; nothing if `moments` is empty."""
 
     def branch(size):
-        shapes = ((), (size,), (size, size), (spec.width, spec.width))
-        return BranchMoments(*map(jnp.zeros, shapes))
+        return BranchMoments(*map(jnp.zeros, ((), (size,), (size, size))))
 
-    heads = (spec.num_heads,)
-    gram = (*heads, spec.head_dim, spec.head_dim)
+    heads = (spec.num_heads, spec.head_dim, spec.head_dim)
     return {
         name: BlockMoments(
-            *map(jnp.zeros, (gram, heads, gram, heads, gram)),
+            *map(jnp.zeros, (heads, heads, heads, (spec.width, spec.width))),
             branch(spec.num_heads * spec.head_dim),
             branch(spec.mlp_dim),
         )
         for name in checked(moments)
     }
+
+
+def with_pilots(
+    pilot: tuple[dict[str, Array], ...], moments: tuple[str, ...]
+) -> tuple[dict[str, Array], ...]:
+    """`statistics.pilot_means` with a point for each weighting of inner units: theirs."""
+    named = [(inner, name) for inner in INNER.values() for name in checked(moments)]
+    return tuple(
+        {**block, **{f"{inner} {name}": block[inner] for inner, name in named}}
+        for block in pilot
+    )
+
+
+def refined(
+    pilot: tuple[dict[str, Array], ...], branches: tuple[dict[str, BlockMoments], ...]
+) -> tuple[dict[str, Array], ...]:
+    """`with_pilots`, moved to the weighted means of sums about it.
+
+    Where weights single out tokens far from the mean of all, as those of the last block
+    single out the class token, sums about the plain mean would cancel.
+    """
+    found = []
+    for block, held in zip(pilot, branches, strict=True):
+        means = {
+            f"{inner} {name}": mean(getattr(sums, branch), block[f"{inner} {name}"])
+            for name, sums in held.items()
+            for branch, inner in INNER.items()
+        }
+        shapes = {key: block[key].shape for key in means}
+        found.append(block | {k: m.reshape(shapes[k]) for k, m in means.items()})
+    return tuple(found)
 
 
 def taps(
@@ -163,7 +162,7 @@ def taps(
     Args:
       spec: sizes of the network.
       accumulators: of `zeros`, one a block.
-      pilot: of `statistics.pilot_means`.
+      pilot: of `statistics.pilot_means`, with or without `with_pilots`.
       live: [B], 0 for padding.
       moments: as given to `zeros`.
       masks: of the sub-network, whose queries are those that attend; None for all.
@@ -176,17 +175,19 @@ def taps(
         before[name] = feature
         fields, seen, sums_of = (), {"live": live}, _head_sums
         if name == "query":
-            fields = ("query", "query_weight")
+            fields = ("query",)
         elif name == "key":
-            fields, sums_of = ("key", "key_weight", "key_attended"), _key_sums
+            fields, sums_of = ("key", "key_attended"), _key_sums
             if ATTENDED in moments:
                 queries = times(before["query"], masks[block].qk if masks else None)
                 seen["query"] = queries * spec.head_dim**-0.5
         elif name in BRANCHES:
             branch, inner = BRANCHES[name]
-            fields = (branch,)
+            fields = (branch, "gram") if branch == "attn" else (branch,)
             sums_of = functools.partial(_branch_sums, every=every[name])
-            seen |= {"inner": before[inner], "pilot": pilot[block][inner]}
+            points, plain = pilot[block], pilot[block][inner]
+            points = {w: points.get(f"{inner} {w}", plain) for w in accumulators[block]}
+            seen |= {"inner": before[inner], "pilot": points}
         if not fields:
             return feature
         chosen = {
@@ -208,8 +209,7 @@ def _head_sums(feature, gradient, seen, names, centre=lambda f: f):
     centred, sums = centre(f), {}
     for name in names:
         weight = WEIGHTINGS[name].own(f, g) * seen["live"].reshape(-1, 1, 1)
-        second = _outer(weight[..., None] * centred, centred)
-        sums[name] = (second, weight.sum((0, 2)))
+        sums[name] = (_outer(weight[..., None] * centred, centred),)
     return sums
 
 
@@ -222,7 +222,7 @@ def _key_sums(feature, gradient, seen, names):
     attended = jnp.zeros((keys.shape[1], *2 * keys.shape[-1:]))
     if "query" in seen:
         attended = _attended(seen["query"].astype(jnp.float32), keys, seen["live"])
-    return {name: (*pair, attended) for name, pair in sums.items()}
+    return {name: (*own, attended) for name, own in sums.items()}
 
 
 def _attended(queries: Array, keys: Array, live: Array) -> Array:
@@ -241,14 +241,15 @@ def _branch_sums(output, gradient, seen, names, *, every):
     f, g = f.astype(jnp.float32), g.astype(jnp.float32)
     if f.ndim == 4:  # [B, H, N, d]
         f = f.swapaxes(1, 2).reshape(*g.shape[:2], -1)
-    centred = f - seen["pilot"].reshape(1, 1, -1)
     product = functools.partial(jnp.einsum, "bnc,bne->ce", precision=_HIGHEST)
-    gram, sums = product(g, g), {}
-    for name in names:
+    sums = {}
+    for name, zeros in names.items():
+        centred = f - seen["pilot"][name].reshape(1, 1, -1)
         weight = WEIGHTINGS[name].output(g) * seen["live"][::every].reshape(-1, 1)
         weighted = weight[..., None] * centred
         second = product(weighted, centred)
-        sums[name] = (BranchMoments(weight.sum(), weighted.sum((0, 1)), second, gram),)
+        moments = BranchMoments(weight.sum(), weighted.sum((0, 1)), second)
+        sums[name] = (moments, product(g, g)) if len(zeros) == 2 else (moments,)
     return sums
 
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from flax_skd.method import costs, feature_sums, partial_sums, second_moments
 from flax_skd.method.feature_sums import HIGHEST, SITES, FeatureSums, Moments
-from flax_skd.method.second_moments import observed
+from flax_skd.method.observed import observed
+from flax_skd.method.pass_checks import arrays_of, check_every, check_finite
 from flax_skd.method.vit import Array, BlockMasks, Params, ViT
 
 __all__ = [
@@ -26,7 +27,6 @@ __all__ = [
     "Moments",
     "Statistics",
     "batch_sums",
-    "check_finite",
     "collect",
     "pilot_means",
 ]
@@ -38,7 +38,8 @@ class Statistics(NamedTuple):
     Attributes:
       images: number of images seen, [].
       tokens: tokens an image, int.
-      pilot: one dict a block, site -> [H, d]: the mean the sums are taken about.
+      pilot: one dict a block, site -> [H, d]: the mean the sums are taken about; of
+        `second_moments` by weighting too, as "hidden gradient".
       sums: one dict a block, site -> `FeatureSums`.
       branches: one dict a block, weighting -> `second_moments.BlockMoments`.
     """
@@ -75,7 +76,7 @@ class Statistics(NamedTuple):
     def branch_mean(self, block: int, branch: str, weighting: str) -> Array:
         """Weighted mean of the inner units of `branch`, "attn" or "mlp", [n]."""
         moments = second_moments.of_branch(self.branches, block, branch, weighting)
-        pilot = self.pilot[block][second_moments.INNER[branch]]
+        pilot = self.pilot[block][f"{second_moments.INNER[branch]} {weighting}"]
         return second_moments.mean(moments, pilot)
 
     def branch_covariance(self, block: int, branch: str, weighting: str) -> Array:
@@ -124,7 +125,7 @@ def batch_sums(
       params: its parameters.
       batch: `image` [B, S, S, C], `label` [B], `weight` [B], 0 for padding.
       pilot: of `pilot_means`.
-      cost: function (logits, labels) -> [B], such as those of `losses.COSTS`.
+      cost: function (logits, labels) -> [B], such as those of `costs.COSTS`.
       weightings: which second moments of heads to collect.
       moments: weightings of `second_moments` to collect; with
         `second_moments.ATTENDED` attended keys too, about the cost of attention again.
@@ -210,10 +211,16 @@ def collect(
         batch = arrays_of(batch)
         if total is None:
             place = partial_sums.place_of(batch["weight"])
-            _check_every(hidden_every, len(batch["weight"]), partial_sums.count(place))
+            check_every(hidden_every, len(batch["weight"]), partial_sums.count(place))
             pilot = jax.jit(pilot_means, static_argnums=0)(model, params, batch, masks)
-            shapes = _shapes(model, weightings, moments)
-            total = partial_sums.zeros((jnp.zeros(()), shapes), place)
+            pilot = second_moments.with_pilots(pilot, moments)
+            shapes = jnp.zeros(()), _shapes(model, weightings, moments)
+            total = partial_sums.zeros(shapes, place)
+            if moments:  # the first batch twice: about what its weights say is the mean
+                shared = params, pilot, masks
+                total = _add_batch(model, options, place, total, batch, shared)
+                pilot = second_moments.refined(pilot, partial_sums.joined(total)[1][1])
+                total = partial_sums.zeros(shapes, place)
         shared = params, pilot, masks
         total = _add_batch(model, options, place, total, batch, shared)
         # One batch at a time: none waits on the devices, and progress is what is done.
@@ -237,25 +244,6 @@ def _check_names(weightings: tuple[str, ...], moments: tuple[str, ...]) -> None:
         )
 
 
-def arrays_of(batch: dict[str, Any]) -> dict[str, Any]:
-    """What a pass reads of a batch; ValueError if an array is missing."""
-    missing = [k for k in ("image", "label", "weight") if k not in batch]
-    if missing:
-        raise ValueError(
-            f"a batch has no {', '.join(missing)}: it needs image [B, S, S, C], label "
-            "[B] and weight [B], 1 for an image and 0 for padding."
-        )
-    return {k: batch[k] for k in ("image", "label", "weight")}
-
-
-def _check_every(every: int, images: int, devices: int) -> None:
-    if every < 1 or images // devices % every:
-        raise ValueError(
-            f"hidden_every = {every} must divide the {images // devices} images that a "
-            f"device has of a batch of {images}."
-        )
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
 def _add_batch(model, options, place, total, batch, shared):
     def add(total, batch, shared):
@@ -265,36 +253,3 @@ def _add_batch(model, options, place, total, batch, shared):
         return images + batch["weight"].sum(), jax.tree.map(jnp.add, sums, fresh)
 
     return partial_sums.apart(add, place)(total, batch, shared)
-
-
-def check_finite(statistics: Statistics) -> None:
-    """Raises ValueError naming the first block and feature that is not finite."""
-    sums = statistics.sums, statistics.branches
-    sums, branches = jax.device_get(jax.tree.map(lambda x: jnp.isfinite(x).all(), sums))
-    # Features first: a bad one spoils every gradient before it as well.
-    kinds = ("values", lambda f: [f.first]), ("gradients", jax.tree.leaves)
-    bad = [
-        (f"{what} of {site}", index)
-        for what, leaves in kinds
-        for index, block in enumerate(sums)
-        for site in SITES
-        if not all(leaves(block[site]))
-    ]
-    good = [all(jax.tree.leaves(block)) for block in branches]
-    bad += [("second moments", i) for i, fine in enumerate(good) if not fine]
-    for what, index in bad[:1]:
-        raise ValueError(
-            f"the {what} in block {index} are not finite on the calibration images: "
-            "look for NaN or inf in the parameters there or before it and in the "
-            "images and for labels that are no class, or use float32."
-        )
-
-
-def check_gradients(statistics: Statistics) -> None:
-    """Raises ValueError if no gradient of the cost reached any block."""
-    sums = [block[site].taylor1.any() for block in statistics.sums for site in SITES]
-    if not any(jax.device_get(sums)):
-        raise ValueError(
-            "no gradient of the cost reaches the network, to order it by: "
-            "a fresh head is all zeros. Train it first, or take magnitude or random."
-        )

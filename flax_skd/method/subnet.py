@@ -24,10 +24,18 @@ def masks(spec: ViTSpec, widths: SubnetSpec) -> tuple[BlockMasks, ...]:
     Raises:
       ValueError: if there is not one width a block, or one that is known does not fit.
     """
+    fields = SubnetSpec(*widths).of_blocks()
     qk, vo, mlp = (
         jnp.asarray(_checked(name, field, spec), jnp.int32)
-        for name, field in zip(SubnetSpec._fields, SubnetSpec(*widths).of_blocks())
+        for name, field in zip(SubnetSpec._fields, fields)
     )
+    if _known(fields[:2]) and np.any(
+        np.equal(fields[0], 0) != np.equal(fields[1], 0)
+    ):
+        raise ValueError(
+            f"qk_dim = {fields[0]}, vo_dim = {fields[1]}: attention is removed by both "
+            "being 0, and kept by neither."
+        )
 
     def prefix(width, size):
         dims = jnp.arange(size).reshape((1,) * width.ndim + (size,))
@@ -54,12 +62,17 @@ def _checked(name: str, widths: Any, spec: ViTSpec) -> Any:
             "blocks, [..., L]."
         )
     most = spec.mlp_dim if name == "mlp_dim" else spec.head_dim
-    if not any(isinstance(w, jax.Array) for w in jax.tree.leaves(widths)):
+    if _known(widths):
         known = np.asarray(widths)
         whole = np.issubdtype(known.dtype, np.integer)
         if not whole or not ((known >= 0) & (known <= most)).all():
             raise ValueError(f"{name} = {widths}: whole numbers of 0 to {most}.")
     return widths
+
+
+def _known(widths: Any) -> bool:
+    """Whether the numbers are at hand: not traced, nor on a device."""
+    return not any(isinstance(w, jax.Array) for w in jax.tree.leaves(widths))
 
 
 def masked(params: Params, spec: ViTSpec, widths: SubnetSpec) -> Params:

@@ -197,7 +197,8 @@ class ViT(nn.Module):
                 "position embedding at conversion (image_size)."
             )
         x = self._embed(normalise(images, spec))
-        widths = (self.widths or SubnetSpec.full(spec)).check(spec)
+        widths = SubnetSpec.full(spec) if self.widths is None else self.widths
+        widths = SubnetSpec(*widths).check(spec)
         block_type = nn.remat(Block) if self.remat and taps is None else Block
         for i, sizes in enumerate(zip(*widths)):
             block = block_type(
@@ -287,6 +288,8 @@ def init(spec: ViTSpec, rng: Array, *, widths: SubnetSpec | None = None) -> Para
       The nested dict that every function of this package takes as `params`.
     """
     images = jnp.zeros((1, spec.image_size, spec.image_size, spec.in_channels))
+    if widths is not None:
+        widths = SubnetSpec(*widths).check(spec)  # hashable
     return _init(ViT(spec, widths), rng, images)
 
 

@@ -73,7 +73,7 @@ def contract(config: Any, *, workdir: str, overwrite: bool) -> str:
             sorted({w for r in recipes.values() for w in r.criterion.weightings})
         ),
         moments=tuple(sorted({m for r in recipes.values() for m in r.moments()})),
-        hidden_every=config.get("hidden_every", 1),
+        hidden_every=config.hidden_every,
     )
     # The promise of a contraction, checked where it is made; float32 whatever dtype.
     images = next(iter(batches))["image"]

@@ -9,7 +9,8 @@ import numpy as np
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import compensation, contraction, moments, unit_order
 from flax_skd.method.contraction import Criterion
-from flax_skd.method.statistics import Statistics, check_gradients
+from flax_skd.method.pass_checks import check_gradients
+from flax_skd.method.statistics import Statistics
 from flax_skd.run import unit_choice
 
 MEASURED = "measured"

@@ -1,0 +1,61 @@
+"""What a calibration pass reads of a batch, and what it must not leave behind."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_skd.method.feature_sums import SITES
+
+
+def arrays_of(batch: dict[str, Any]) -> dict[str, Any]:
+    """What a pass reads of a batch; ValueError if an array is missing."""
+    missing = [k for k in ("image", "label", "weight") if k not in batch]
+    if missing:
+        raise ValueError(
+            f"a batch has no {', '.join(missing)}: it needs image [B, S, S, C], label "
+            "[B] and weight [B], 1 for an image and 0 for padding."
+        )
+    return {k: batch[k] for k in ("image", "label", "weight")}
+
+
+def check_every(every: int, images: int, devices: int) -> None:
+    """Raises ValueError unless `hidden_every` divides the images that a device has."""
+    if every < 1 or images // devices % every:
+        raise ValueError(
+            f"hidden_every = {every} must divide the {images // devices} images that a "
+            f"device has of a batch of {images}."
+        )
+
+
+def check_finite(statistics: Any) -> None:
+    """Raises ValueError naming the first block and feature that is not finite."""
+    sums = statistics.sums, statistics.branches
+    sums, branches = jax.device_get(jax.tree.map(lambda x: jnp.isfinite(x).all(), sums))
+    # Features first: a bad one spoils every gradient before it as well.
+    kinds = ("values", lambda f: [f.first]), ("gradients", jax.tree.leaves)
+    bad = [
+        (f"{what} of {site}", index)
+        for what, leaves in kinds
+        for index, block in enumerate(sums)
+        for site in SITES
+        if not all(leaves(block[site]))
+    ]
+    good = [all(jax.tree.leaves(block)) for block in branches]
+    bad += [("second moments", i) for i, fine in enumerate(good) if not fine]
+    for what, index in bad[:1]:
+        raise ValueError(
+            f"the {what} in block {index} are not finite on the calibration images: "
+            "look for NaN or inf in the parameters there or before it and in the "
+            "images and for labels that are no class, or use float32."
+        )
+
+
+def check_gradients(statistics: Any) -> None:
+    """Raises ValueError if no gradient of the cost reached any block."""
+    sums = [block[site].taylor1.any() for block in statistics.sums for site in SITES]
+    if not any(jax.device_get(sums)):
+        raise ValueError(
+            "no gradient of the cost reaches the network, to order it by: "
+            "a fresh head is all zeros. Train it first, or take magnitude or random."
+        )
