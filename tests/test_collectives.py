@@ -12,7 +12,7 @@ from collectives import axes, collectives, total
 from flax_skd.method import layers, partial_sums, statistics, vit
 from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import ViT
-from flax_skd.run import distillation, objective, sharding, train, updates
+from flax_skd.run import distillation, mixing, objective, sharding, train, updates
 
 pytestmark = pytest.mark.skipif(
     jax.device_count() < 8, reason="needs eight (virtual) devices"
@@ -44,7 +44,7 @@ def size(keep=lambda path: True):
 
 
 @functools.cache
-def compiled(*, taught=False, **shape):
+def compiled(*, taught=False, mixed=False, **shape):
     """Collectives of the train step of `fit` on a mesh, and the mesh."""
     mesh = sharding.mesh(shape, devices=jax.devices()[: math.prod(shape.values())])
     optimizer = train.make_optimizer(1e-3)
@@ -61,6 +61,14 @@ def compiled(*, taught=False, **shape):
     if taught:
         teacher = distillation.frozen(ViT(SPEC), num_classes=SPEC.num_classes)
         loss = distillation.with_teacher(ViT(SPEC), teacher)
+    if mixed:
+        plain = loss
+        options = mixing.Mixing(mixup=0.8, cutmix=1.0, smoothing=0.1, erase=0.25)
+
+        def loss(params, batch, rng, state):
+            batch = mixing.mixed_batch(rng, batch, SPEC, options)
+            return plain(params, batch, rng, state)
+
     step_of = updates.compiled(
         mesh, place, several=False, optimizer=optimizer, ema_decay=0.9
     )
@@ -102,6 +110,16 @@ def test_data_parallelism_sums_every_gradient_once_and_sends_nothing_else():
     assert {c.kind for c in found} == {"all-reduce"}
     assert found == over(found, mesh, "data")
     assert total(found, "all-reduce") == size() + SCALARS
+
+
+def test_mixing_sends_images_and_labels_to_the_mirror_device_and_nothing_more():
+    found, _ = compiled(mixed=True, data=8)
+    sums = [c for c in found if c.kind == "all-reduce"]
+    assert total(sums, "all-reduce") == size() + SCALARS
+    assert {c.kind for c in found} == {"all-reduce", "collective-permute"}
+    image = SPEC.in_channels * SPEC.image_size**2
+    sent = BATCH // 8 * 4 * (image + SPEC.num_classes)
+    assert total(found, "collective-permute") == sent
 
 
 def cut(path):

@@ -34,6 +34,7 @@ FLOORS = {
         [
             *("method.statistics", "method.second_moments", "method.feature_sums"),
             *("method.compensation", "method.unit_order", "method.pass_checks"),
+            "method.pilots",
         ],
         2,
     ),
@@ -90,6 +91,8 @@ ALONG_A_FLOOR = {
     ("method.observed", "method.vit"),
     ("method.statistics", "method.second_moments"),
     ("method.statistics", "method.pass_checks"),
+    ("method.statistics", "method.pilots"),
+    ("method.pilots", "method.second_moments"),
     ("method.pass_checks", "method.feature_sums"),
     ("method.statistics", "method.feature_sums"),
     ("method.feature_sums", "method.second_moments"),

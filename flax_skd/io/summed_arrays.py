@@ -5,6 +5,7 @@ import pathlib
 import zlib
 from typing import Any
 
+import jax
 import numpy as np
 
 from flax_skd.io.extras import require
@@ -57,6 +58,15 @@ def read(path: pathlib.Path, files: Any, *, noun: str) -> dict[str, np.ndarray]:
         raise ValueError(
             f"{path} cannot be read ({error}): it is cut short or damaged. {again}"
         ) from error
+
+
+def of_tree(tree: Any) -> str:
+    """A short text that other arrays, or the same at other places, do not have."""
+    total = 0
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        total = zlib.crc32(f"{path} {x.shape} {x.dtype}".encode(), total)
+        total = zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8), total)
+    return f"{total:08x}"
 
 
 def _sum(path: str | os.PathLike) -> dict[str, int]:

@@ -116,37 +116,6 @@ def zeros(spec: ViTSpec, moments: tuple[str, ...]) -> dict[str, BlockMoments]:
     }
 
 
-def with_pilots(
-    pilot: tuple[dict[str, Array], ...], moments: tuple[str, ...]
-) -> tuple[dict[str, Array], ...]:
-    """`statistics.pilot_means` with a point for each weighting of inner units: theirs."""
-    named = [(inner, name) for inner in INNER.values() for name in checked(moments)]
-    return tuple(
-        {**block, **{f"{inner} {name}": block[inner] for inner, name in named}}
-        for block in pilot
-    )
-
-
-def refined(
-    pilot: tuple[dict[str, Array], ...], branches: tuple[dict[str, BlockMoments], ...]
-) -> tuple[dict[str, Array], ...]:
-    """`with_pilots`, moved to the weighted means of sums about it.
-
-    Where weights single out tokens far from the mean of all, as those of the last block
-    single out the class token, sums about the plain mean would cancel.
-    """
-    found = []
-    for block, held in zip(pilot, branches, strict=True):
-        means = {
-            f"{inner} {name}": mean(getattr(sums, branch), block[f"{inner} {name}"])
-            for name, sums in held.items()
-            for branch, inner in INNER.items()
-        }
-        shapes = {key: block[key].shape for key in means}
-        found.append(block | {k: m.reshape(shapes[k]) for k, m in means.items()})
-    return tuple(found)
-
-
 def taps(
     spec: ViTSpec,
     accumulators: tuple[dict[str, BlockMoments], ...],
@@ -162,7 +131,7 @@ def taps(
     Args:
       spec: sizes of the network.
       accumulators: of `zeros`, one a block.
-      pilot: of `statistics.pilot_means`, with or without `with_pilots`.
+      pilot: of `statistics.pilot_means`, with or without `pilots.weighted`.
       live: [B], 0 for padding.
       moments: as given to `zeros`.
       masks: of the sub-network, whose queries are those that attend; None for all.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flax_skd.method import costs, feature_sums, partial_sums, second_moments
+from flax_skd.method import costs, feature_sums, partial_sums, pilots, second_moments
 from flax_skd.method.feature_sums import HIGHEST, SITES, FeatureSums, Moments
 from flax_skd.method.observed import observed
 from flax_skd.method.pass_checks import arrays_of, check_every, check_finite
@@ -213,13 +213,14 @@ def collect(
             place = partial_sums.place_of(batch["weight"])
             check_every(hidden_every, len(batch["weight"]), partial_sums.count(place))
             pilot = jax.jit(pilot_means, static_argnums=0)(model, params, batch, masks)
-            pilot = second_moments.with_pilots(pilot, moments)
+            pilot = pilots.weighted(pilot, moments)
             shapes = jnp.zeros(()), _shapes(model, weightings, moments)
             total = partial_sums.zeros(shapes, place)
             if moments:  # the first batch twice: about what its weights say is the mean
                 shared = params, pilot, masks
                 total = _add_batch(model, options, place, total, batch, shared)
-                pilot = second_moments.refined(pilot, partial_sums.joined(total)[1][1])
+                found = partial_sums.joined(pilots.firsts(total[1][1]))
+                pilot = pilots.refined(pilot, found)
                 total = partial_sums.zeros(shapes, place)
         shared = params, pilot, masks
         total = _add_batch(model, options, place, total, batch, shared)

@@ -29,9 +29,7 @@ def masks(spec: ViTSpec, widths: SubnetSpec) -> tuple[BlockMasks, ...]:
         jnp.asarray(_checked(name, field, spec), jnp.int32)
         for name, field in zip(SubnetSpec._fields, fields)
     )
-    if _known(fields[:2]) and np.any(
-        np.equal(fields[0], 0) != np.equal(fields[1], 0)
-    ):
+    if _known(fields[:2]) and np.any(np.equal(fields[0], 0) != np.equal(fields[1], 0)):
         raise ValueError(
             f"qk_dim = {fields[0]}, vo_dim = {fields[1]}: attention is removed by both "
             "being 0, and kept by neither."

@@ -1,6 +1,7 @@
 """Images and parameters onto the mesh, with a bar to watch."""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -64,11 +65,14 @@ def batches_of(section: Any, spec: ViTSpec, *, seed: int) -> data.EvalBatches:
 class OnMesh:
     """Batches as global arrays, examples shared out over the mesh.
 
-    Each process reads its part of every batch. Iterating again starts again.
+    Each process reads its part of every batch. Iterating again starts again. A batch
+    that does not divide over the devices is taken larger, the last one padded.
     """
 
     def __init__(self, batches: data.EvalBatches, mesh: jax.sharding.Mesh):
-        self._mesh = mesh
+        self._mesh, parts = mesh, sharding.batch_parts(mesh)
+        size = math.ceil(batches.batch_size / parts) * parts
+        batches = dataclasses.replace(batches, batch_size=size)
         self._batches = batches.of_process(jax.process_index(), jax.process_count())
 
     def __iter__(self) -> Iterator[Any]:

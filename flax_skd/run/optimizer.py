@@ -16,12 +16,18 @@ def cosine(
       end: the rate after `steps`.
 
     Raises:
-      ValueError: if the warm-up does not end before the run, or peak is not positive.
+      ValueError: if the warm-up does not end before the run, peak is not positive, or
+        the rate would rise to `end`.
     """
     if not 0 <= warmup_steps < steps or peak <= 0:
         raise ValueError(
             f"warmup_steps = {warmup_steps} of steps = {steps} must be 0 or more and "
             f"fewer than steps, and the learning rate {peak} positive."
+        )
+    if end > peak:
+        raise ValueError(
+            f"the last learning rate {end} (min_lr) must be at most the largest, {peak} "
+            "(lr)."
         )
     fall = optax.cosine_decay_schedule(peak, steps - warmup_steps, end / peak)
     if not warmup_steps:

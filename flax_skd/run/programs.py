@@ -144,7 +144,9 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
         levels = extra.dropout_list
         rows = [levels.widths(s, spec) for s in range(int(levels.levels) + 1)]
         network = supernet._replace(
-            params=params, dropout_list=piad.from_rows(rows, spec)
+            params=params,
+            dropout_list=piad.from_rows(rows, spec),
+            compensation=extra.compensation,  # as trained, whatever lies there now
         )
         network = commands.stamped(network, {**facts, "trained": "piad"})
         checkpoint.save_supernet(directory, network, overwrite=directory.exists())

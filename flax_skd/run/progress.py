@@ -150,6 +150,13 @@ class Progress:
             for name, value in row.items():
                 self._board.add_scalar(name, value, step)
 
+    def write_once(self, step: int, row: dict[str, Any]) -> None:
+        """`write`, unless the log ends with this row."""
+        line = json.dumps({"step": step} | {k: float(v) for k, v in row.items()})
+        there = self._path and self._path.exists()
+        if not there or line not in self._path.read_text().splitlines()[-1:]:
+            self.write(step, row)
+
     def close(self) -> None:
         """Ends the bar and what tensorboard reads."""
         self._bar.close()

@@ -176,6 +176,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(_batch_axes(mesh)))
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """Number of examples that every batch is a multiple of: so many parts it has."""
+    devices = math.prod(mesh.shape[n] for n in _batch_axes(mesh))
+    return math.lcm(devices, jax.process_count())
+
+
 def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
     return tuple(n for n in ("data", "fsdp") if n in mesh.shape)
 
@@ -196,8 +202,7 @@ def shard_batch(batch: Any, mesh: Mesh, *, parts: int = 1) -> Any:
         sizes that can.
     """
     sharding = batch_sharding(mesh)
-    devices = math.prod(mesh.shape[n] for n in _batch_axes(mesh))
-    _check_divides(batch, max(1, devices // jax.process_count()), parts)
+    _check_divides(batch, batch_parts(mesh), parts)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
         batch,
@@ -205,13 +210,14 @@ def shard_batch(batch: Any, mesh: Mesh, *, parts: int = 1) -> Any:
 
 
 def _check_divides(batch: Any, devices: int, parts: int) -> None:
+    """Of the batch of all processes, as the config has it, and all devices."""
     sizes = {np.shape(x)[0] if np.ndim(x) else 0 for x in jax.tree.leaves(batch)}
     if len(sizes) != 1:
         raise ValueError(
             f"the arrays of a batch have {sorted(sizes)} examples: all must have the "
             "same number."
         )
-    (size,) = sizes
+    size = sizes.pop() * jax.process_count()
     whole = devices * parts
     if size % whole or not size:
         below = size // whole * whole
@@ -219,5 +225,5 @@ def _check_divides(batch: Any, devices: int, parts: int) -> None:
         cut = f" in {parts} microbatches" if parts > 1 else ""
         raise ValueError(
             f"a batch of {size} does not divide over {devices} devices{cut}: take "
-            f"{' or '.join(near)}."
+            f"{' or '.join(near)} (--config.data.batch_size)."
         )

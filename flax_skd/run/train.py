@@ -187,6 +187,8 @@ def fit(
                     f"stopped when told to, after step {step} of {steps}; saved in "
                     f"{disk.workdir}. Run the same again with --resume to go on."
                 )
+        if evaluate and start == steps:  # it may have died in its last evaluation
+            progress.write_once(steps, evaluate(state))
     return state
 
 

@@ -10,7 +10,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from flax_skd.io import augment, checkpoint, data, directory, run_state, sources
+from flax_skd.io import (
+    augment,
+    checkpoint,
+    data,
+    directory,
+    run_state,
+    sources,
+    summed_arrays,
+)
 from flax_skd.method.spec import ViTSpec
 from flax_skd.run import commands, evaluate, feed, programs, sharding
 from flax_skd.run import train as loop
@@ -144,7 +152,7 @@ def train(
         loss=program.loss,
         optimizer=optimizer,
         steps=steps,
-        config=_what_decides(config, sources.fingerprint(source)),
+        config=_what_decides(config, program, source),
         mesh=mesh,
         workdir=workdir,
         overwrite=overwrite,
@@ -218,11 +226,29 @@ def _check_stages(stages: int, epoch_steps: int, steps: int) -> None:
         )
 
 
-def _what_decides(config: Any, dataset: str) -> dict[str, Any]:
-    """What a resumed run must share: not the mesh, nor when it tells and saves."""
+def _what_decides(
+    config: Any, program: programs.Program, source: sources.Source
+) -> dict[str, Any]:
+    """What a resumed run must share: not the mesh, nor when it tells and saves.
+
+    What it reads and holds in no checkpoint goes by its contents: paths may hold
+    something else by then.
+    """
     free = ("mesh", "log_every_s", "checkpoint_every", "evaluate_epochs")
     fields = {k: value for k, value in config.to_dict().items() if k not in free}
-    return {**fields, "dataset": dataset}
+    fields["dataset"] = sources.fingerprint(source)
+    # Where a run stopped for memory or at a bad image, the other value goes on: compared
+    # as if it were the usual one.
+    fields["remat"] = False
+    calibration = fields.get("piad", {}).get("calibration", {})
+    for section in (fields["data"], calibration):
+        section["on_bad_image"] = "error"
+    if calibration.get("source"):
+        images = feed.open_images(feed.calibration_of(config), program.model.spec)
+        fields["calibration"] = sources.fingerprint(images)
+    if program.frozen is not None:
+        fields["teacher"] = summed_arrays.of_tree(program.frozen)
+    return fields
 
 
 def _evaluator(
