@@ -473,9 +473,31 @@ def test_an_export_is_replaced_only_when_told_and_only_by_another(workdir, tmp_p
     assert exported(workdir, out, "--budgets=0.5") == 1
     assert exported(workdir, out, "--budgets=0.75,1", "--overwrite") == 0
     assert {p.name for p in out.glob("budget_*")} == {"budget_0.75", "budget_1"}
-    (out / "notes.txt").write_text("mine")
+    listed = json.loads((out / "index.json").read_text())["files"]
+    files = [p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()]
+    assert listed == sorted(files) and "budget_1/card.md" in listed
+
+
+@pytest.mark.parametrize("place", [".", "budget_1", "budget_1/safetensors"])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_users_file_in_an_export_is_named_and_kept(
+    workdir, tmp_path, place, earlier, capsys
+):
+    out = tmp_path / "ladder"
+    assert exported(workdir, out, "--budgets=1") == 0
+    if earlier:  # versions that listed folders
+        index = json.loads((out / "index.json").read_text())
+        index["files"] = [*export_index.FILES, "budget_1"]
+        (out / "index.json").write_text(json.dumps(index))
+    mine = out / place / "notes.txt"
+    mine.write_text("mine")
     assert exported(workdir, out, "--budgets=1", "--overwrite") == 1
-    assert (out / "notes.txt").read_text() == "mine"
+    told = capsys.readouterr().err
+    assert str(mine.relative_to(out)) in told and "another" in told
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    assert exported(workdir, out, "--budgets=0.5", "--overwrite") == 0
+    assert not (out / "budget_1").exists()
 
 
 def test_one_sub_network_is_exported_whole(ragged, tmp_path, capsys):

@@ -69,19 +69,19 @@ def export(
     onnx.check_opset(options["opset"])
     target = folder.local(out)
     networks = chosen(workdir, budgets, measured)
-    names = [*export_index.FILES, *(c.folder for c in networks)]
-    files = export_index.written_before(target) or tuple(names)
+    files = export_index.written_before(target) or export_index.FILES
     folder.check_target(target, files, overwrite)
+    export_index.check_alone(target)
     wanted, later = _written_here(wanted)
     todo = _onnx_commands(target, networks, options["opset"]) if later else []
-    names += [export_index.SCRIPT] if todo else []
     rows: export_index.Rows = []
 
     def fill(fresh: pathlib.Path) -> None:
         for one in networks:
             fields = _write_one(fresh, one, wanted, options=options, licence=licence)
             rows.extend(_row(one, name, fields) for name in wanted)
-        export_index.write(fresh, rows, todo=todo, files=names)
+        to_come = [f"{c.folder}/onnx/{n}" for c in networks for n in onnx.FILES]
+        export_index.write(fresh, rows, todo=todo, later=to_come if later else [])
 
     folder.write_whole(target, fill, files=files, overwrite=overwrite)
     done = f"{export_index.table(rows)}\n\nwrote {target}/index.md and what it lists"
