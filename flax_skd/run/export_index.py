@@ -129,7 +129,6 @@ def left_to_do(todo: list[str]) -> str:
     return (
         "jax2onnx is not installed here, and its pins clash with a new "
         "orbax-checkpoint. These commands make an environment for it and write the "
-        f"ONNX files; `sh {SCRIPT}`, beside the index, runs them:\n\n```\n"
-        + "\n".join(todo)
-        + "\n```"
+        f"ONNX files; `sh {SCRIPT}`, beside the index, runs them, and once more what an "
+        "interruption left undone:\n\n```\n" + "\n".join(todo) + "\n```"
     )

@@ -100,8 +100,7 @@ def _written_here(wanted: dict[str, Format]) -> tuple[dict[str, Format], bool]:
 def _onnx_commands(target: pathlib.Path, networks: list[Chosen], opset: int):
     places = [target / one.folder for one in networks]
     return onnx.environment_commands() + [
-        onnx.command(p / "safetensors", p / "onnx" / onnx.FILES[1], opset=opset)
-        for p in places
+        onnx.command(p / "safetensors", p / "onnx", opset=opset) for p in places
     ]
 
 
