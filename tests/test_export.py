@@ -43,7 +43,7 @@ FLAX_REFUSES = {
     "pre-norm": "pre_norm",
     "average then norm": "fc_norm",
 }
-TIMM_REFUSES = {"pre-logits": "pre-logits"}
+TIMM_REFUSES = {"pre-logits": "no place for a pre-logits layer: export as"}
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +314,13 @@ def test_timm_of_the_full_network_is_what_conversion_writes(spec, params):
     want = conversion.to_timm(params, spec)
     assert list(named) == list(want) and config["constructor_suffices"]
     jax.tree.map(np.testing.assert_array_equal, named, want)
+
+
+def test_a_distilled_network_needs_more_than_the_plain_constructor():
+    spec = export_page.TINY.replace(distilled=True)
+    full = SubnetSpec.full(spec)
+    config = timm.convert(export_page.small_network(spec, full)[0])[1]
+    assert config["distilled"] and not config["constructor_suffices"]
 
 
 @pytest.mark.parametrize("name", writers.FORMATS)
