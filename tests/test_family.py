@@ -257,6 +257,10 @@ def test_time_without_a_profile_or_with_another_networks_is_refused(
     other = profile._replace(spec=spec.replace(width=48))
     with pytest.raises(ValueError, match="width = 48, not 24"):
         SubnetFamily(supernet, profile=other)
+    with pytest.raises(ValueError, match="on the dtype 'float32', this is 'bfloat16'"):
+        SubnetFamily(supernet, profile=profile, dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match="measured on the device 'an abacus'"):
+        SubnetFamily(supernet, profile=profile._replace(device="an abacus"))
 
 
 def test_images_of_another_size_are_refused(supernet, batch):
