@@ -487,6 +487,15 @@ def test_an_export_is_replaced_only_when_told_and_only_by_another(workdir, tmp_p
     assert listed == sorted(files) and "budget_1/card.md" in listed
 
 
+def test_cards_name_the_parent_of_a_command_run_inside_it(
+    workdir, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(workdir)
+    assert exported(".", tmp_path / "out", "--budgets=0.5") == 0
+    card = json.loads((tmp_path / "out" / "budget_0.5" / "card.json").read_text())
+    assert card["source"]["parent"] == workdir.name == "super"
+
+
 @pytest.mark.parametrize("place", [".", "budget_1", "budget_1/safetensors"])
 @pytest.mark.parametrize("earlier", [False, True])
 def test_a_users_file_in_an_export_is_named_and_kept(
