@@ -323,6 +323,9 @@ def test_at_full_width_nothing_changes_bit_for_bit(name, dtype):
     made = packing.cast(repairs, jnp.dtype(dtype))
     same = repaired(params, spec, made, SubnetSpec.full(spec))
     jax.tree.map(np.testing.assert_array_equal, same, params)
+    jitted = jax.jit(lambda p, w: repaired(p, spec, made, w))
+    same = jitted(params, SubnetSpec(*map(jnp.array, SubnetSpec.full(spec))))
+    jax.tree.map(np.testing.assert_array_equal, same, params)
 
 
 def test_a_network_that_is_whole_from_some_block_on_keeps_its_parameters_there():
@@ -343,6 +346,50 @@ def test_traced_widths_are_static_widths(cut):
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, atol=1e-5), traced, static
     )
+
+
+# Blocks 0 and 1, the third is whole; prefixes of the kept leaves that are made anew.
+REFITTED = {
+    ((12, 12, 40), (12, 12, 7)): ["block_1/mlp/fc2", "block_1/layer_scale2"],
+    ((12, 12, 40), (5, 12, 40)): [],  # queries and keys alone
+    ((12, 12, 40), (12, 5, 40)): ["block_1/attn/out", "block_1/layer_scale1"],
+    ((12, 12, 40), (0, 0, 40)): ["block_0/mlp/fc2", "block_0/layer_scale2"],
+    ((12, 12, 0), (0, 0, 40)): ["block_0/attn/out", "block_0/layer_scale1"],
+    ((0, 0, 40), (12, 12, 40)): ["pos_embed", "pre_norm/bias"],
+    ((0, 0, 0), (0, 0, 7)): [
+        *("pos_embed", "pre_norm/bias", "block_1/mlp/fc2", "block_1/layer_scale2")
+    ],
+}
+
+
+def is_kept(widths, path):
+    """Whether a leaf is of no block, or of a branch that is there."""
+    block, _, rest = path.partition("/")
+    if not block.startswith("block_"):
+        return True
+    attention = rest.startswith(("norm1", "attn", "layer_scale1"))
+    return (widths.vo_dim if attention else widths.mlp_dim)[int(block[6:])] > 0
+
+
+@pytest.mark.parametrize("name", ["plain", "layer_scale", "pre_norm"])
+@pytest.mark.parametrize("cut", REFITTED)
+def test_what_known_widths_leave_alone_is_handed_through_and_is_right_bit_for_bit(
+    name, cut
+):
+    spec, params, repairs, _ = variant(name)
+    widths = widths_of(*cut, (12, 12, 40))
+    jitted = jax.jit(lambda p, w: repaired(p, spec, repairs, w))
+    traced = jitted(params, SubnetSpec(*map(jnp.array, widths)))
+    code = jax.make_jaxpr(lambda p: repaired(p, spec, repairs, widths))(params).jaxpr
+    through = [any(out is var for var in code.invars) for out in code.outvars]
+    anew = set(REFITTED[cut]) - ({"pos_embed"} if spec.pre_norm else set())
+    leaves = zip(TREE.tree_leaves_with_path(params), jax.tree.leaves(traced), through)
+    for (keys, leaf), new, same in leaves:
+        path = "/".join(key.key for key in keys)
+        if is_kept(widths, path):
+            assert same != path.startswith(tuple(anew)), path
+        if same:
+            np.testing.assert_array_equal(new, leaf, err_msg=path)
 
 
 def test_both_orders_of_multiplying_equal_the_formula():

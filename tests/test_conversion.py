@@ -128,6 +128,13 @@ BOTH = {"height": 12, "width": 12}
         ({"size": BOTH, "rescale_factor": 1 / 127.5}, "squash", 0.25, 0.25),
         ({"size": BOTH, "do_rescale": False}, "squash", 0.5 / 255, 0.5 / 255),
         ({"size": BOTH, "do_normalize": False}, "squash", 0, 1),
+        ({"size": BOTH, "image_mean": 0.5, "image_std": 1}, "squash", 0.5, 1),
+        (
+            {"size": BOTH, "image_mean": 1, "do_rescale": False},
+            "squash",
+            1 / 255,
+            0.5 / 255,
+        ),
     ],
 )
 def test_a_preprocessor_is_followed(tmp_path, params, processor, mode, mean, std):
@@ -143,7 +150,9 @@ def test_a_preprocessor_is_followed(tmp_path, params, processor, mode, mean, std
     [
         ({"size": BOTH, "do_resize": False}, "do_resize = false leaves"),
         ({"size": BOTH, "rescale_factor": 0}, "rescale_factor = 0 is no positive"),
-        ({"rescale_factor": 1.0, "image_mean": 3}, "must be lists of numbers"),
+        ({"rescale_factor": 1.0, "image_mean": "half"}, "image_mean = 'half' must be"),
+        ({"image_std": [0.5, None, 1]}, "image_std = .* must be a number, or a list"),
+        ({"image_mean": 10**400}, "too large"),
     ],
 )
 def test_a_preprocessor_that_cannot_be_followed_is_refused(
@@ -153,6 +162,15 @@ def test_a_preprocessor_that_cannot_be_followed_is_refused(
     write_hf(tmp_path, tensors, processor=HALF | processor)
     with pytest.raises(ConversionError, match=words):
         conversion.read(tmp_path)
+
+
+def test_a_number_for_all_channels_is_of_as_many_as_the_network_has(tmp_path):
+    spec = PLAIN.replace(in_channels=1, mean=(0.25,), std=(0.5,))
+    tensors = family_files.huggingface(family_files.random_params(spec), spec)
+    processor = {"image_mean": 0.25, "image_std": 0.5, "resample": 3}
+    write_hf(tmp_path, tensors, processor=processor, num_channels=1)
+    found = conversion.read(tmp_path).spec
+    assert (found.mean, found.std) == (spec.mean, spec.std)
 
 
 def test_an_entry_of_a_pth_file_is_chosen_by_name(tmp_path, timm_tensors, params):

@@ -115,6 +115,15 @@ def test_a_hugging_face_network_that_runs_differently_is_refused(tmp_path, param
     write_hf(tmp_path, tensors, hidden_act="quick_gelu")
     with pytest.raises(ConversionError, match="hidden_act 'quick_gelu'"):
         conversion.read(tmp_path)
+    bare = PLAIN.replace(num_classes=0, pre_logits=8)
+    pooled = family_files.huggingface(family_files.random_params(bare), bare)
+    write_hf(tmp_path, pooled, pooler_act="relu")
+    with pytest.raises(ConversionError, match="pooler_act 'relu' is not supported"):
+        conversion.read(tmp_path)
+    write_hf(tmp_path, pooled, pooler_act="tanh")
+    assert conversion.read(tmp_path).spec.pre_logits == 8
+    write_hf(tmp_path, tensors, pooler_act="relu")  # of no pooler
+    assert conversion.read(tmp_path).spec.pre_logits == 0
     pooler = {"vit.pooler.dense.weight": np.eye(8, dtype=np.float32)}
     pooler["vit.pooler.dense.bias"] = np.ones(8, np.float32)
     write_hf(tmp_path, tensors | pooler)

@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import json
+import os
 import pathlib
+import subprocess
 import sys
 import types
 
@@ -41,7 +43,7 @@ FLAX_REFUSES = {
     "pre-norm": "pre_norm",
     "average then norm": "fc_norm",
 }
-TIMM_REFUSES = {"pre-logits": "pre-logits"}
+TIMM_REFUSES = {"pre-logits": "no place for a pre-logits layer: export as"}
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +316,13 @@ def test_timm_of_the_full_network_is_what_conversion_writes(spec, params):
     jax.tree.map(np.testing.assert_array_equal, named, want)
 
 
+def test_a_distilled_network_needs_more_than_the_plain_constructor():
+    spec = export_page.TINY.replace(distilled=True)
+    full = SubnetSpec.full(spec)
+    config = timm.convert(export_page.small_network(spec, full)[0])[1]
+    assert config["distilled"] and not config["constructor_suffices"]
+
+
 @pytest.mark.parametrize("name", writers.FORMATS)
 def test_no_format_exports_an_empty_network(name, tmp_path):
     small = export_page.small_network(widths=EMPTY)[0]
@@ -473,9 +482,40 @@ def test_an_export_is_replaced_only_when_told_and_only_by_another(workdir, tmp_p
     assert exported(workdir, out, "--budgets=0.5") == 1
     assert exported(workdir, out, "--budgets=0.75,1", "--overwrite") == 0
     assert {p.name for p in out.glob("budget_*")} == {"budget_0.75", "budget_1"}
-    (out / "notes.txt").write_text("mine")
+    listed = json.loads((out / "index.json").read_text())["files"]
+    files = [p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()]
+    assert listed == sorted(files) and "budget_1/card.md" in listed
+
+
+def test_cards_name_the_parent_of_a_command_run_inside_it(
+    workdir, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(workdir)
+    assert exported(".", tmp_path / "out", "--budgets=0.5") == 0
+    card = json.loads((tmp_path / "out" / "budget_0.5" / "card.json").read_text())
+    assert card["source"]["parent"] == workdir.name == "super"
+
+
+@pytest.mark.parametrize("place", [".", "budget_1", "budget_1/safetensors"])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_users_file_in_an_export_is_named_and_kept(
+    workdir, tmp_path, place, earlier, capsys
+):
+    out = tmp_path / "ladder"
+    assert exported(workdir, out, "--budgets=1") == 0
+    if earlier:  # versions that listed folders
+        index = json.loads((out / "index.json").read_text())
+        index["files"] = [*export_index.FILES, "budget_1"]
+        (out / "index.json").write_text(json.dumps(index))
+    mine = out / place / "notes.txt"
+    mine.write_text("mine")
     assert exported(workdir, out, "--budgets=1", "--overwrite") == 1
-    assert (out / "notes.txt").read_text() == "mine"
+    told = capsys.readouterr().err
+    assert str(mine.relative_to(out)) in told and "another" in told
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    assert exported(workdir, out, "--budgets=0.5", "--overwrite") == 0
+    assert not (out / "budget_1").exists()
 
 
 def test_one_sub_network_is_exported_whole(ragged, tmp_path, capsys):
@@ -512,10 +552,98 @@ def test_where_jax2onnx_is_absent_the_commands_that_finish_are_printed(
     assert commands[0].endswith("-m venv onnx_env")
     assert "jax2onnx" in commands[1] and "orbax" not in commands[1]
     assert commands[2].endswith(str(pathlib.Path(__file__).parents[1]))
-    made = out / "budget_0.5" / "onnx" / "model.onnx"
+    made = out / "budget_0.5" / "onnx"
     assert commands[3] == (
-        f"onnx_env/bin/python -m flax_skd.io.formats.onnx '{small}' '{made}' --opset=18"
+        f"onnx_env/bin/python -m flax_skd.io.formats.onnx '{small}' '{made}' --keep "
+        "--opset=18"
     )
+
+
+def test_a_finished_folder_is_whole_kept_and_in_the_card(
+    workdir, tmp_path, monkeypatch, fake_onnx, capsys
+):
+    monkeypatch.setattr(onnx, "installed", lambda: False)
+    out = tmp_path / "ladder"
+    assert exported(workdir, out, "--formats=onnx", "--budgets=0.5,1") == 0
+    places = [out / "budget_0.5", out / "budget_1"]
+    todo = [(p / "safetensors", p / "onnx", "--keep") for p in places]
+    assert onnx_main(*todo[0]) == 0
+    (places[0] / "card.json").with_name("card.md").unlink()  # stopped before the card
+    made = places[0] / "onnx" / "model.onnx"
+    before = made.stat().st_ino
+    assert [onnx_main(*step) for step in todo] == [0, 0]
+    assert f"kept {made}" in capsys.readouterr().err and made.stat().st_ino == before
+    for place in places:
+        assert sorted(p.name for p in (place / "onnx").iterdir()) == sorted(onnx.FILES)
+        config = json.loads((place / "onnx" / "config.json").read_text())
+        assert config["preprocessing"]["mean"] == [0.5] * 3
+        card = json.loads((place / "card.json").read_text())
+        assert card["exports"]["onnx"] == {
+            "bytes": sum(p.stat().st_size for p in (place / "onnx").iterdir()),
+            "macs": card["macs"],
+        }
+        assert "| onnx | " in (place / "card.md").read_text()
+    assert onnx_main(*todo[0][:2]) == 1
+    assert "pass --overwrite" in capsys.readouterr().err
+    assert exported(workdir, out, "--budgets=1", "--overwrite") == 0
+
+
+def test_a_folder_that_is_not_whole_is_not_passed_over(ragged, tmp_path, fake_onnx):
+    checkpoint.save_subnet(tmp_path / "small", ragged[0])
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "model.onnx").write_bytes(b"half")
+    assert onnx_main(tmp_path / "small", tmp_path / "onnx", "--keep") == 1
+    args = (tmp_path / "small", tmp_path / "onnx", "--keep", "--overwrite")
+    (tmp_path / "onnx" / "model.onnx").unlink()
+    assert onnx_main(*args) == 0
+    assert sorted(p.name for p in (tmp_path / "onnx").iterdir()) == sorted(onnx.FILES)
+
+
+FAKE = """
+import os, types
+def to_onnx(call, inputs, **names):
+    if os.path.exists("stop") and os.path.exists("once"):
+        os._exit(1)
+    open("once", "w").close()
+    return types.SimpleNamespace(SerializeToString=lambda: b"graph")
+"""
+
+
+def test_the_script_is_run_again_after_an_interruption(workdir, tmp_path, monkeypatch):
+    """The second budget stops the first run: real processes, with no jax2onnx."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    (packages / "jax2onnx.py").write_text(FAKE)
+    (packages / "onnx.py").write_text(
+        "class checker:\n    ValidationError = ValueError\n"
+        "    check_model = staticmethod(lambda *a, **k: None)\n"
+        "class defs:\n    onnx_opset_version = staticmethod(lambda: 26)\n"
+    )
+    python = tmp_path / "onnx_env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(onnx, "installed", lambda: False)
+    monkeypatch.setattr(onnx, "environment_commands", list)
+    out = tmp_path / "ladder"
+    assert exported(workdir, out, "--formats=onnx", "--budgets=0.5,1") == 0
+    paths = [str(packages), str(pathlib.Path(onnx.__file__).parents[3])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+    def finish():
+        script = ["sh", str(out / export_index.SCRIPT)]
+        return subprocess.run(
+            script, cwd=tmp_path, env=env, capture_output=True, check=False
+        )
+
+    (tmp_path / "stop").touch()
+    assert finish().returncode == 1
+    assert (out / "budget_0.5" / "onnx").is_dir()
+    assert not list((out / "budget_1").glob("*onnx*"))
+    (tmp_path / "stop").unlink()
+    done = finish()
+    assert done.returncode == 0, done.stderr
+    assert (out / "budget_1" / "onnx" / "model.onnx").read_bytes() == b"graph"
 
 
 @pytest.mark.parametrize(

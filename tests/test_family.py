@@ -184,6 +184,22 @@ def test_what_a_cut_leaves_alone_is_not_copied(supernet):
     assert kept is whole["block_0"]["attn"]["query"]["kernel"]  # 12 of 12 dims
 
 
+def test_a_compensation_copies_what_a_cut_changes_and_no_more(supernet, spec):
+    """One MLP cut: its kernels and the bias that takes the mean of the rest."""
+    rows = [SubnetSpec.full(spec), SubnetSpec((12,) * 3, (12,) * 3, (40, 40, 11))]
+    levels = piad.from_rows(rows, spec)
+    own = {}
+    for name, repairs in (("repaired", supernet.compensation), ("cut", None)):
+        made = supernet._replace(compensation=repairs, dropout_list=levels)
+        family = SubnetFamily(made)
+        there = {id(leaf) for leaf in jax.tree.leaves(family.params)}
+        family.use(level=1)
+        fresh = [x for x in jax.tree.leaves(family.params) if id(x) not in there]
+        own[name] = size(fresh)
+    bias = supernet.params["block_2"]["mlp"]["fc2"]["bias"]
+    assert own["repaired"] == own["cut"] + bias.nbytes
+
+
 @pytest.mark.parametrize(
     ("unit", "cost"), [("macs", macs.macs), ("params", macs.param_count)]
 )
@@ -241,6 +257,10 @@ def test_time_without_a_profile_or_with_another_networks_is_refused(
     other = profile._replace(spec=spec.replace(width=48))
     with pytest.raises(ValueError, match="width = 48, not 24"):
         SubnetFamily(supernet, profile=other)
+    with pytest.raises(ValueError, match="on the dtype 'float32', this is 'bfloat16'"):
+        SubnetFamily(supernet, profile=profile, dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match="measured on the device 'an abacus'"):
+        SubnetFamily(supernet, profile=profile._replace(device="an abacus"))
 
 
 def test_images_of_another_size_are_refused(supernet, batch):

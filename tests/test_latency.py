@@ -439,6 +439,26 @@ def test_a_profile_that_cannot_be_made_is_refused_before_it_takes_time(
 
 
 @pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"attn_lane": 12}, r"attn_lane = 12 rounds .*head_dim = 12 .*at most 6"),
+        ({"mlp_lane": 64}, r"mlp_lane = 64 rounds .*mlp_dim = 40 .*at most 20"),
+        ({"attn_lane": 8, "shares": "0.75"}, r"attn_lane = 8 .*'0.75'.*smaller shares"),
+        ({"shares": ""}, "rounds every share of"),
+    ],
+)
+def test_lanes_as_wide_as_a_branch_are_named_before_anything_is_compiled(
+    spec, params, tmp_path, monkeypatch, changes, complaint
+):
+    def compiled(*args, **options):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(timing, "compiled", compiled)
+    with pytest.raises(ValueError, match=complaint):
+        profiled(tmp_path, spec, params, levels=0, **changes)
+
+
+@pytest.mark.parametrize(
     ("field", "value", "complaint"),
     [
         ("device", "an abacus", "measured on the device 'an abacus'.*flax-skd profile"),

@@ -58,6 +58,7 @@ FLOORS = {
             *("run.recipes", "run.unit_choice", "run.export_index"),
             *("run.settling", "run.buckets", "run.faults"),
             *("run.timing", "run.time_budget", "run.profile_report", "run.family"),
+            "run.accuracies",
         ],
         5,
     ),

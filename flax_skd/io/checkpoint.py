@@ -6,6 +6,7 @@ file. Earlier versions wrote neither sums nor safetensors for super-networks, bu
 folder `arrays`, by orbax, which is still read.
 """
 
+import hashlib
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -54,7 +55,8 @@ class SubNet(NamedTuple):
       params: extracted, of the sizes in `widths`.
       spec: of the full network.
       widths: what was kept of it.
-      provenance: where it was cut from, as JSON holds it: parent, level.
+      provenance: where it was cut from, as JSON holds it: parent, level, and what was
+        done to it since.
     """
 
     params: Params
@@ -157,6 +159,17 @@ def load_supernet(directory: str | os.PathLike) -> SuperNet:
         repairs = folder.parse(arrays, lambda x: checked.repairs(x, spec), packed)
     params = unflatten_dict(params, sep=".")
     return SuperNet(params, spec, levels, fields["provenance"], repairs)
+
+
+def supernet_sum(directory: str | os.PathLike) -> str:
+    """SHA-256 of what states a super-network's sizes and the sums of its arrays.
+
+    Args:
+      directory: as `save_supernet` wrote it.
+    """
+    return hashlib.sha256(
+        (folder.local(directory) / SUPERNET_FILES[0]).read_bytes()
+    ).hexdigest()
 
 
 def save_subnet(

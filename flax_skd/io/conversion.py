@@ -194,7 +194,10 @@ def _bicubic_weights(old: int, new: int) -> np.ndarray:
 
 
 def to_timm(params: dict[str, Any], spec: ViTSpec) -> dict[str, np.ndarray]:
-    """The state dict that timm's VisionTransformer of this spec loads.
+    """The state dict of this spec under timm's names.
+
+    timm's VisionTransformer (VisionTransformerDistilled) of this spec loads it, but for
+    a `pre_logits` layer: it is written as `pre_logits.fc`, which timm once had.
 
     Args:
       params: of the full network.

@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flax_skd.io import checked
@@ -12,6 +12,10 @@ from flax_skd.method import macs
 from flax_skd.method.spec import SubnetSpec
 
 FILES = ("card.json", "card.md")
+_FIELDS = (
+    *("source", "spec", "widths", "macs", "macs_of_full_network", "parameters"),
+    *("parameters_of_full_network", "accuracy", "licence_of_source", "exports"),
+)
 LICENCE_UNKNOWN = (
     "not stated: the licence of the source weights holds for this network too; ask "
     "whoever published them"
@@ -56,6 +60,32 @@ def write(directory: pathlib.Path, fields: dict[str, Any]) -> None:
     """Writes `card.json` and `card.md` into a directory that is being filled."""
     folder.write_json(directory / FILES[0], "model card", fields)
     (directory / FILES[1]).write_text(markdown(fields), encoding="utf-8")
+
+
+def add_export(
+    directory: pathlib.Path, name: str, files: Iterable[pathlib.Path]
+) -> None:
+    """Adds a format that was written later to the card there, if there is one.
+
+    Args:
+      directory: of the card.
+      name: of a format that pads nothing.
+      files: its files.
+
+    Raises:
+      ValueError: if the card was edited; the message names it.
+    """
+    path = directory / FILES[0]
+    if not path.is_file():
+        return
+    fields = folder.read_json(path, "model card", set(_FIELDS))
+    size = sum(file.stat().st_size for file in files)
+    exports = fields["exports"] | {name: {"bytes": size, "macs": fields["macs"]}}
+    fields = {key: fields[key] for key in _FIELDS} | {"exports": exports}
+    with folder.replaced(path) as fresh:
+        folder.write_json(fresh, "model card", fields)
+    with folder.replaced(directory / FILES[1]) as fresh:
+        fresh.write_text(markdown(fields), encoding="utf-8")
 
 
 def markdown(fields: dict[str, Any]) -> str:

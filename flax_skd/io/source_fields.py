@@ -92,10 +92,14 @@ def from_huggingface(beside: dict[str, dict]) -> dict[str, Any]:
                 f"{', '.join(_GELU)}."
             )
         found["gelu"] = _GELU[act]
-    return found | _preprocessing(beside.get("preprocessor", {}))
+    if "pooler_act" in config:
+        found["pooler_act"] = config["pooler_act"]
+    channels = found.get("in_channels", 3)
+    channels = channels if type(channels) is int else 3  # refused with the sizes
+    return found | _preprocessing(beside.get("preprocessor", {}), channels)
 
 
-def _preprocessing(processor: dict[str, Any]) -> dict[str, Any]:
+def _preprocessing(processor: dict[str, Any], channels: int) -> dict[str, Any]:
     if not processor:
         return {}
     if not processor.get("do_resize", True):
@@ -103,7 +107,7 @@ def _preprocessing(processor: dict[str, Any]) -> dict[str, Any]:
             "preprocessor_config.json: do_resize = false leaves images as large as they "
             "come, and this network takes one size: set it to true, with a size."
         )
-    found = _normalisation(processor)
+    found = _normalisation(processor, channels)
     if "resample" in processor:
         if processor["resample"] not in (2, 3):
             raise ConversionError(
@@ -121,29 +125,40 @@ def _preprocessing(processor: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _normalisation(processor: dict[str, Any]) -> dict[str, Any]:
+def _normalisation(processor: dict[str, Any], channels: int) -> dict[str, Any]:
     """Mean and std of pixels scaled to [0, 1], whatever they are scaled to there."""
     factor = processor.get("rescale_factor", 1 / 255)
     if not processor.get("do_rescale", True):
         factor = 1.0
-    if type(factor) not in (int, float) or not 0 < factor < float("inf"):
+    if not _is_number(factor) or not 0 < factor < float("inf"):
         raise ConversionError(
             f"preprocessor_config.json: rescale_factor = {factor!r} is no positive "
             "number."
         )
-    found = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    found = {"mean": 0.0, "std": 1.0}
     if processor.get("do_normalize", True):
         names = [name for name in found if f"image_{name}" in processor]
         found = {name: processor[f"image_{name}"] for name in names}
-    if abs(255 * factor - 1) < 1e-6:
-        return found
+    # One number is of all channels.
+    found = {k: [v] * channels if _is_number(v) else v for k, v in found.items()}
+    for name, values in found.items():
+        if not isinstance(values, list) or not all(map(_is_number, values)):
+            raise ConversionError(
+                f"preprocessor_config.json: image_{name} = {values!r:.200} must be a "
+                "number, or a list of numbers, one a channel."
+            )
+    scale = 1.0 if abs(255 * factor - 1) < 1e-6 else 255 * factor
     try:
-        return {k: [x / (255 * factor) for x in v] for k, v in found.items()}
-    except (TypeError, OverflowError) as error:
+        return {k: [x / scale for x in v] for k, v in found.items()}
+    except OverflowError as error:
         raise ConversionError(
-            "preprocessor_config.json: image_mean and image_std must be lists of "
-            f"numbers, not {found}."
+            f"preprocessor_config.json: image_mean and image_std of {found!s:.200} are "
+            "too large."
         ) from error
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
 def _is_square(processor: dict[str, Any]) -> bool:
@@ -200,6 +215,11 @@ def resolve(
     named = _variant(variant)
     given = [("fields", fields), ("config", config), (f"variant {variant}", named)]
     _check_conflicts(facts, given)
+    pooler = config.get("pooler_act", "tanh")
+    if facts.get("pre_logits") and pooler != "tanh":
+        raise ConversionError(
+            f"config.json: pooler_act {pooler!r} is not supported, only tanh."
+        )
     recipe_fields = {"pool": "token", **RECIPES[recipe]} if recipe else {}
     merged = recipe_fields | named | likely | config | facts | fields
     unknown = sorted(set(_WAYS) - set(merged))

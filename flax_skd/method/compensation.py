@@ -148,7 +148,8 @@ def repaired(
 
     Returns:
       A tree of the shapes and dtypes of `params`; of numpy arrays where all is known,
-      widths in ints and parameters: then nothing is compiled for them.
+      widths in ints and parameters: then nothing is compiled for them. What widths
+      in ints leave as it is is handed through, so a compiled program need not hold it.
 
     Raises:
       ValueError: if widths or compensation do not have one entry a block, or, where all
@@ -159,6 +160,7 @@ def repaired(
     widths = SubnetSpec(*widths)
     kept = {"attn": widths.vo_dim, "mlp": widths.mlp_dim}
     _check_depths(spec, compensation, kept)
+    unchanged, same_start = _unchanged(spec, kept)
     if _known(params, compensation, kept):
         widths.check(spec)
         params, compensation = jax.device_get((params, compensation))
@@ -167,10 +169,14 @@ def repaired(
         kept = {kind: jnp.asarray(w, jnp.int32) for kind, w in kept.items()}
         make = _Make(jnp, refit.traced)
     new = dict(params)
-    carry = (make.of.zeros(spec.width, np.float32), make.of.array(False))
+    nothing = (make.of.zeros(spec.width, np.float32), make.of.array(False))
+    carry = nothing
     for i in reversed(range(spec.depth)):
         block = new[f"block_{i}"] = dict(params[f"block_{i}"])
         for kind, number in (("mlp", 2), ("attn", 1)):
+            if (i, kind) in unchanged:
+                carry = nothing
+                continue
             repair, width = getattr(compensation, kind)[i], kept[kind][i]
             scale = f"layer_scale{number}"
             block[kind], changed, carry = _repair_branch(
@@ -178,7 +184,30 @@ def repaired(
             )
             if scale in block:
                 block[scale] = changed
-    return _add_to_stream(new, spec, carry[0])
+    return new if same_start else _add_to_stream(new, spec, carry[0])
+
+
+def _ints(kept: dict) -> bool:
+    return all(
+        isinstance(w, int | np.integer) for width in kept.values() for w in width
+    )
+
+
+def _unchanged(spec: ViTSpec, kept: dict) -> tuple[set[tuple[int, str]], bool]:
+    """Branches (block, kind) that known widths leave as they are, and if the start is.
+
+    Those are whole branches that take the mean of no removed one: the next is kept.
+    """
+    if not _ints(kept):
+        return set(), False
+    whole = {"attn": spec.head_dim, "mlp": spec.mlp_dim}
+    found, removed = set(), False
+    for i in reversed(range(spec.depth)):
+        for kind in ("mlp", "attn"):
+            if kept[kind][i] == whole[kind] and not removed:
+                found.add((i, kind))
+            removed = kept[kind][i] == 0
+    return found, not removed
 
 
 class _Make(NamedTuple):
@@ -189,8 +218,7 @@ class _Make(NamedTuple):
 
 
 def _known(params, compensation, kept) -> bool:
-    widths = [w for width in kept.values() for w in width]
-    if not all(isinstance(w, int | np.integer) for w in widths):
+    if not _ints(kept):
         return False
     leaves = jax.tree.leaves((params, compensation))
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)

@@ -174,19 +174,26 @@ def fit(networks: Sequence[SubnetSpec], times: Sequence[float]) -> Latency:
     rows, taken = np.stack([features(w) for w in networks]), np.asarray(times, float)
     if taken.shape != rows.shape[:1] or not (np.isfinite(taken) & (taken > 0)).all():
         raise ValueError(f"times {times!r:.200}: one positive number a network.")
+    check_told_apart(networks)
     rows = rows / taken[:, None]  # relative errors: the wanted value is 1
     size = rows.max(0)
-    if not size.all() or np.linalg.matrix_rank(rows / size) < rows.shape[1]:
-        raise ValueError(
-            f"{len(networks)} networks do not tell {', '.join(Latency._fields)} apart: "
-            "measure each width cut alone, and removed branches (latency_design.design)."
-        )
     rows = rows / size
     least = _LEAST * np.array(
         [name in ("qk", "vo", "unit") for name in Latency._fields]
     )
     found = least + _non_negative(rows, 1 - rows @ least)
     return Latency(*map(float, found / size))
+
+
+def check_told_apart(networks: Sequence[SubnetSpec]) -> None:
+    """Raises ValueError if networks leave a coefficient open, whatever their times."""
+    rows = np.stack([features(w) for w in networks])
+    size = rows.max(0)
+    if not size.all() or np.linalg.matrix_rank(rows / size) < rows.shape[1]:
+        raise ValueError(
+            f"{len(networks)} networks do not tell {', '.join(Latency._fields)} apart: "
+            "measure each width cut alone, and removed branches (latency_design.design)."
+        )
 
 
 def _non_negative(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -4,36 +4,69 @@ import pathlib
 from typing import Any
 
 from flax_skd.io import directory as folder
+from flax_skd.io import model_card
 from flax_skd.io.extras import require
+from flax_skd.io.formats import writers
 from flax_skd.method import macs
 
 FILES = ("index.json", "index.md", "index.png")
 SCRIPT = "finish_onnx.sh"  # where something is left to do
 Rows = list[dict[str, Any]]
+# In the folders of an export, whatever its formats.
+_NAMES = {*model_card.FILES, *(n for f in writers.FORMATS.values() for n in f.files)}
 _HEADINGS = ("budget", "level", "MACs (full count)", "MACs (paper's)", "parameters")
 _HEADINGS += ("top-1 %", "format", "bytes", "MACs of padding")
 
 
 def written_before(target: pathlib.Path) -> tuple[str, ...]:
-    """What an earlier export left, by its own index; nothing if there is none."""
+    """Names in the directory itself of an earlier export, by its own index, or none."""
+    return tuple(sorted({path.partition("/")[0] for path in _listed(target)}))
+
+
+def check_alone(target: pathlib.Path) -> None:
+    """Raises ValueError, naming them, if files lie among those of an earlier export."""
+    listed = _listed(target)
+    if not listed:
+        return
+    paths = [p for p in target.rglob("*") if p.is_symlink() or not p.is_dir()]
+    names = [p.relative_to(target).as_posix() for p in paths]
+    others = sorted(name for name in names if not _is_ours(name, listed))
+    if others:
+        raise ValueError(
+            f"{target} holds what its export did not write: {', '.join(others)!s:.300}. "
+            "Only an export is replaced: move these, or name another directory."
+        )
+
+
+def _listed(target: pathlib.Path) -> set[str]:
+    """Paths of all files, or as earlier versions wrote it: of files and whole folders."""
     path = target / FILES[0]
     if not path.is_file():
-        return ()
+        return set()
     fields = folder.read_json(path, "export index", {"files", "rows", "commands"})
-    return tuple(fields["files"])
+    return set(folder.parse(path, lambda names: map(str, names), fields["files"]))
+
+
+def _is_ours(name: str, listed: set[str]) -> bool:
+    whole_folder = name.partition("/")[0] in listed
+    return name in listed or (whole_folder and pathlib.Path(name).name in _NAMES)
 
 
 def write(
-    directory: pathlib.Path, rows: Rows, *, todo: list[str], files: list[str]
+    directory: pathlib.Path, rows: Rows, *, todo: list[str], later: list[str]
 ) -> None:
     """Writes `index.json`, `index.md`, `index.png`, and `SCRIPT` if need be.
 
     Args:
-      directory: being filled.
+      directory: that holds all else.
       rows: one an exported folder.
       todo: shell commands for what could not be written here.
-      files: all names in the directory.
+      later: paths of the files that these will write.
     """
+    names = [
+        p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()
+    ]
+    files = sorted({*FILES, *names, *later, *([SCRIPT] if todo else [])})
     facts = {"files": files, "rows": rows, "commands": todo}
     folder.write_json(directory / FILES[0], "export index", facts)
     text = f"# Exported sub-networks\n\n{table(rows)}\n\n![sizes](index.png)\n"
@@ -96,7 +129,6 @@ def left_to_do(todo: list[str]) -> str:
     return (
         "jax2onnx is not installed here, and its pins clash with a new "
         "orbax-checkpoint. These commands make an environment for it and write the "
-        f"ONNX files; `sh {SCRIPT}`, beside the index, runs them:\n\n```\n"
-        + "\n".join(todo)
-        + "\n```"
+        f"ONNX files; `sh {SCRIPT}`, beside the index, runs them, and once more what an "
+        "interruption left undone:\n\n```\n" + "\n".join(todo) + "\n```"
     )

@@ -11,9 +11,10 @@ from flax_skd.io.checkpoint import SubNet, SuperNet
 from flax_skd.io.formats import folding, onnx, stablehlo, writers
 from flax_skd.io.formats.writers import Format
 from flax_skd.method import macs
-from flax_skd.run import commands, export_index, report
+from flax_skd.run import accuracies, commands, export_index
 
 _LOG = logging.getLogger(__name__)
+_SUM = "supernet_sha256"  # in the provenance of what is cut from a super-network
 
 
 class Chosen(NamedTuple):
@@ -59,8 +60,8 @@ def export(
       The table to print, and what is left to do for ONNX.
 
     Raises:
-      ValueError: for unknown formats, budgets, options, an empty network, or a target
-        that may not be written.
+      ValueError: for unknown formats, budgets, options, an empty network, a sweep of
+        another network, or a target that may not be written.
       ImportError: if a format's package is missing; it names the pip install.
     """
     wanted = writers.named(commands.listed(formats))
@@ -68,19 +69,19 @@ def export(
     onnx.check_opset(options["opset"])
     target = folder.local(out)
     networks = chosen(workdir, budgets, measured)
-    names = [*export_index.FILES, *(c.folder for c in networks)]
-    files = export_index.written_before(target) or tuple(names)
+    files = export_index.written_before(target) or export_index.FILES
     folder.check_target(target, files, overwrite)
+    export_index.check_alone(target)
     wanted, later = _written_here(wanted)
     todo = _onnx_commands(target, networks, options["opset"]) if later else []
-    names += [export_index.SCRIPT] if todo else []
     rows: export_index.Rows = []
 
     def fill(fresh: pathlib.Path) -> None:
         for one in networks:
             fields = _write_one(fresh, one, wanted, options=options, licence=licence)
             rows.extend(_row(one, name, fields) for name in wanted)
-        export_index.write(fresh, rows, todo=todo, files=names)
+        to_come = [f"{c.folder}/onnx/{n}" for c in networks for n in onnx.FILES]
+        export_index.write(fresh, rows, todo=todo, later=to_come if later else [])
 
     folder.write_whole(target, fill, files=files, overwrite=overwrite)
     done = f"{export_index.table(rows)}\n\nwrote {target}/index.md and what it lists"
@@ -99,14 +100,13 @@ def _written_here(wanted: dict[str, Format]) -> tuple[dict[str, Format], bool]:
 def _onnx_commands(target: pathlib.Path, networks: list[Chosen], opset: int):
     places = [target / one.folder for one in networks]
     return onnx.environment_commands() + [
-        onnx.command(p / "safetensors", p / "onnx" / onnx.FILES[1], opset=opset)
-        for p in places
+        onnx.command(p / "safetensors", p / "onnx", opset=opset) for p in places
     ]
 
 
 def chosen(workdir: str, budgets: str, measured: str) -> list[Chosen]:
     """The networks that budgets ask for, largest level within each."""
-    path = pathlib.Path(workdir)
+    path = folder.local(workdir)
     if (path / checkpoint.SUBNET_FILES[0]).is_file():
         if budgets:
             raise ValueError(
@@ -115,18 +115,43 @@ def chosen(workdir: str, budgets: str, measured: str) -> list[Chosen]:
             )
         small = checkpoint.load_subnet(path)
         folding.check_kept(small.widths)
-        return [Chosen("subnet", None, _float32(small), _accuracy(measured, small))]
+        facts = small.provenance
+        accuracy_of = _accuracies(
+            measured,
+            facts.get("supernet", {}),
+            supernet_sum=facts.get(_SUM),
+            source=path / checkpoint.SUBNET_FILES[0],
+        )
+        return [Chosen("subnet", None, _float32(small), accuracy_of(small))]
     shares = _shares(budgets or "0.25,0.5,0.75,1.0")
     supernet = checkpoint.load_supernet(path)
-    return [_within(supernet, path.name, share, measured) for share in shares]
+    known = {"parent": path.name, _SUM: checkpoint.supernet_sum(path)}
+    accuracy_of = _accuracies(
+        measured,
+        supernet.provenance,
+        supernet_sum=known[_SUM],
+        source=path / checkpoint.SUPERNET_FILES[0],
+    )
+    networks = [_within(supernet, known, share) for share in shares]
+    return [one._replace(accuracy=accuracy_of(one.network)) for one in networks]
 
 
-def _within(supernet: SuperNet, parent: str, share: float, measured: str) -> Chosen:
+def _within(supernet: SuperNet, known: dict[str, Any], share: float) -> Chosen:
     small, level = commands.subnet_within(supernet, cost=macs.macs, limit=share)
     folding.check_kept(small.widths)
-    facts = {"parent": parent, "level": level, "supernet": supernet.provenance}
+    facts = {**known, "level": level, "supernet": supernet.provenance}
     small = _float32(small._replace(provenance=facts))
-    return Chosen(f"budget_{share:g}", share, small, _accuracy(measured, small))
+    return Chosen(f"budget_{share:g}", share, small, None)
+
+
+def _accuracies(measured: str, facts: Mapping[str, Any], **of: Any):
+    """Function of a sub-network -> what a sweep of its super-network says, or None."""
+    if not measured:
+        return lambda network: None
+    name = facts.get("trained", facts.get("criterion", "as trained"))
+    found = accuracies.read(measured)
+    accuracies.check_same(found, name=name, **of)
+    return lambda network: accuracies.accuracy(found, network, name=name)
 
 
 def _float32(network: SubNet) -> SubNet:
@@ -142,24 +167,6 @@ def _shares(budgets: str) -> list[float]:
             f"at most 1; {wrong or 'none'} given."
         )
     return list(dict.fromkeys(shares))
-
-
-def _accuracy(measured: str, network: SubNet) -> dict[str, Any] | None:
-    """The row of a sweep of the same criterion and the same size, if there is one."""
-    if not measured:
-        return None
-    facts = network.provenance.get("supernet", {})
-    name = facts.get("trained", facts.get("criterion", "as trained"))
-    wanted = (
-        *(name, network.provenance.get("level")),
-        macs.macs(network.spec, network.widths),
-        macs.param_count(network.spec, network.widths),
-    )
-    for row in report.read(measured):
-        if tuple(row[k] for k in ("criterion", "level", "macs", "params")) == wanted:
-            names = ("top1", "top5", "kl", "agreement", "images")
-            return {key: row[key] for key in names}
-    return None
 
 
 def _write_one(

@@ -69,11 +69,13 @@ class SubnetFamily:
           device: where it runs, by default the first.
 
         Raises:
-          ValueError: if `executables` is below 2, or the profile is of another network.
+          ValueError: if `executables` is below 2, or the profile is of another network,
+            device or dtype.
         """
         self.spec = supernet.spec
         self.levels = supernet.dropout_list
         if profile is not None:
+            time_budget.check_here(profile, dtype=jnp.dtype(dtype).name)
             self.levels = time_budget.rounded(profile, supernet).dropout_list
         self._profile, self._device = profile, device or jax.local_devices()[0]
         self._dtype, self._attention = dtype, attention

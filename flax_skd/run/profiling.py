@@ -13,7 +13,7 @@ from flax_skd.io.checkpoint import SuperNet
 from flax_skd.io.extras import require
 from flax_skd.method import latency, latency_design
 from flax_skd.method.latency import Anchors, Latency
-from flax_skd.method.spec import SubnetSpec
+from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.run import commands, profile_report, time_budget, timing
 from flax_skd.run.time_budget import FILES
 
@@ -26,6 +26,10 @@ def profile(config: Any, *, workdir: str, out: str, overwrite: bool) -> str:
       workdir: of the super-network, whose levels check the fit.
       out: directory of the profile.
       overwrite: replace the one that is there.
+
+    Raises:
+      ValueError: before anything is measured, if the profile may not be written, or the
+        config's lanes and shares leave nothing to fit.
     """
     folder.check_target(folder.local(out), FILES, overwrite)
     for name in ("batch_size", "rounds", "attn_lane", "mlp_lane"):
@@ -34,6 +38,7 @@ def profile(config: Any, *, workdir: str, out: str, overwrite: bool) -> str:
     supernet = checkpoint.load_supernet(workdir)
     lanes = {"attn_lane": config.attn_lane, "mlp_lane": config.mlp_lane}
     networks = _networks(supernet, config, lanes)
+    _check_design(supernet.spec, networks, config)
     found = time_budget.Profile(
         time_budget.device_name(), config.dtype, supernet.spec, lanes, {}, {}, []
     )
@@ -91,6 +96,22 @@ def _networks(
     for name, widths in latency_design.stairs(spec, above_half=above).items():
         found[name] = ("stairs", widths)
     return found
+
+
+def _check_design(spec: ViTSpec, networks: dict[str, Any], config: Any) -> None:
+    """Before minutes of measuring: whether the times can be fitted."""
+    fitted_to = [w for use, w in networks.values() if use in ("fit", "anchor")]
+    sizes = {"attn_lane": ("head_dim", "qk_dim"), "mlp_lane": ("mlp_dim", "mlp_dim")}
+    for lane, (size, field) in sizes.items():
+        full = getattr(spec, size)
+        if {w for one in fitted_to for w in getattr(one, field)} <= {0, full}:
+            raise ValueError(
+                f"config.{lane} = {config[lane]} rounds every share of {size} = {full} "
+                f"in config.shares = {config.shares!r} up to the whole branch: what a "
+                "dim takes cannot be told from what a branch takes. Take a smaller lane, "
+                f"at most {max(1, full // 2)}, or smaller shares."
+            )
+    latency.check_told_apart(fitted_to)
 
 
 def _numbers(config: Any, name: str, kind: type) -> list[Any]:

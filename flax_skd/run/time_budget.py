@@ -158,16 +158,30 @@ def read(directory: str | os.PathLike, *, dtype: str | None = None) -> Profile:
         raise ValueError(f"{error} No time was ever measured there: {_HOW}.") from error
     fields = folder.read_json(path, "profile", _FIELDS)
     found = folder.parse(path, _parsed, fields)
+    check_here(found, dtype=dtype or found.dtype, source=str(path))
+    return found
+
+
+def check_here(found: Profile, *, dtype: str, source: str = "the profile") -> None:
+    """Refuses times of another device or precision.
+
+    Args:
+      found: a profile.
+      dtype: what the network will compute in.
+      source: what to call the profile in the message.
+
+    Raises:
+      ValueError: if it was measured on another device, or in another dtype.
+    """
     for what, here, there in (
         ("device", device_name(), found.device),
-        ("dtype", dtype or found.dtype, found.dtype),
+        ("dtype", dtype, found.dtype),
     ):
         if here != there:
             raise ValueError(
-                f"{path} was measured on the {what} {there!r}, this is {here!r}: "
+                f"{source} was measured on the {what} {there!r}, this is {here!r}: "
                 f"times do not carry over. For this {what}, {_HOW}."
             )
-    return found
 
 
 def write(fresh: pathlib.Path, found: Profile, *, rounds: int) -> None:

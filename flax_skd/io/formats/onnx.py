@@ -3,7 +3,9 @@
 jax2onnx pins an orbax-checkpoint older than a fresh one, so this module imports neither
 orbax nor what needs it, and runs from a sub-network directory alone:
 
-    python -m flax_skd.io.formats.onnx SUBNET_DIR OUT.onnx
+    python -m flax_skd.io.formats.onnx SUBNET_DIR OUT
+
+OUT is a file, NAME.onnx, or the folder that `write` makes; in an export its card is told.
 """
 
 import argparse
@@ -15,9 +17,8 @@ import os
 import pathlib
 import shlex
 import sys
-import uuid
 
-from flax_skd.io import checkpoint
+from flax_skd.io import checkpoint, model_card
 from flax_skd.io import directory as folder
 from flax_skd.io.checkpoint import SubNet
 from flax_skd.io.extras import require
@@ -121,10 +122,11 @@ def environment_commands(name: str = "onnx_env") -> list[str]:
 def command(
     subnet: pathlib.Path, out: pathlib.Path, *, opset: int, name: str = "onnx_env"
 ) -> str:
-    """The shell command that converts one sub-network there."""
+    """The shell command that converts one sub-network there, unless it did before."""
     python = f"{name}/bin/python -m flax_skd.io.formats.onnx"
     paths = shlex.join(map(str, (subnet, out)))
-    return f"{python} {paths}" + (f" --opset={opset}" if opset != OPSET else "")
+    version = f" --opset={opset}" if opset != OPSET else ""
+    return f"{python} {paths} --keep{version}"
 
 
 def _this_package() -> str:
@@ -142,25 +144,42 @@ def _this_package() -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """SUBNET_DIR OUT.onnx: the file, whole or not at all."""
+    """SUBNET_DIR OUT: the file or the folder, whole or not at all."""
     parser = argparse.ArgumentParser("python -m flax_skd.io.formats.onnx")
     parser.add_argument("subnet", help="a directory of spec.json, params.safetensors")
-    parser.add_argument("out", help="the ONNX file to write")
+    parser.add_argument("out", help="NAME.onnx, or the directory to write")
     parser.add_argument("--opset", type=int, default=OPSET)
     parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="pass over a finished OUT")
     given = parser.parse_args(arguments)
     out = folder.local(given.out)
+    single = out.suffix == ".onnx"
+    files = [out] if single else [out / name for name in FILES]
+    # Either appears whole, so what is there is finished.
+    kept = given.keep and all(file.is_file() for file in files)
     try:
-        if out.is_dir() or (out.exists() and not given.overwrite):
-            raise ValueError(f"{out} exists: name another file, or pass --overwrite.")
-        content = convert(checkpoint.load_subnet(given.subnet), opset=given.opset)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        fresh = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
-        fresh.write_bytes(content)
-        fresh.replace(out)
+        if not kept:
+            _convert_to(out, single, given)
+        if not single and pathlib.Path(given.subnet).resolve().parent == out.parent:
+            model_card.add_export(out.parent, "onnx", files)
     except (ValueError, ImportError, OSError) as error:
         parser.exit(1, f"{error}\n")
-    parser.exit(0, f"wrote {out}: {len(content):,} bytes\n")
+    size = files[-1].stat().st_size
+    parser.exit(0, f"{'kept' if kept else 'wrote'} {files[-1]}: {size:,} bytes\n")
+
+
+def _convert_to(out: pathlib.Path, single: bool, given: argparse.Namespace) -> None:
+    if not single:
+        folder.check_target(out, FILES, given.overwrite)  # before the work
+        network = checkpoint.load_subnet(given.subnet)
+        write(out, network, opset=given.opset, overwrite=given.overwrite)
+        return
+    if out.is_dir() or (out.exists() and not given.overwrite):
+        raise ValueError(f"{out} exists: name another file, or pass --overwrite.")
+    content = convert(checkpoint.load_subnet(given.subnet), opset=given.opset)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with folder.replaced(out) as fresh:
+        fresh.write_bytes(content)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ def convert(network: SubNet) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
       Contiguous float32 arrays by timm's names; fields as JSON holds them:
       `arguments` of `VisionTransformer` (`VisionTransformerDistilled` if
       `distilled`), `norm_eps`, `head_dim` and `mlp_dim` one entry a block,
-      `constructor_suffices` if the arguments alone build the module, `timm` the
-      release needed.
+      `constructor_suffices` if a `VisionTransformer` of the arguments alone is the
+      module, `timm` the release needed.
 
     Raises:
       ValueError: if the network is empty, or has a part that timm's class has not; the
@@ -62,8 +62,8 @@ def _check_parts(spec: ViTSpec) -> None:
     found = [what for what, there in refused.items() if there]
     if found:
         raise ValueError(
-            f"timm's VisionTransformer has no {' and no '.join(found)}: export as nnx, "
-            "jax_export or onnx, which have."
+            f"timm's VisionTransformer has no place for {' and '.join(found)}: export as "
+            "nnx, jax_export or onnx, which have one."
         )
 
 
@@ -76,7 +76,7 @@ def _config(spec: ViTSpec, widths: SubnetSpec) -> dict[str, Any]:
         "norm_eps": spec.norm_eps,
         "head_dim": widths.vo_dim,
         "mlp_dim": widths.mlp_dim,
-        "constructor_suffices": whole_heads and uniform,
+        "constructor_suffices": whole_heads and uniform and not spec.distilled,
         "timm": ">=1.0" if whole_heads else f">={CUT_HEADS_SINCE}",
     }
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from flax_skd.io import checkpoint
 from flax_skd.io.formats import arrays, flax_attention, onnx, stablehlo, timm
 
 
@@ -12,35 +13,48 @@ class Format(NamedTuple):
     Attributes:
       summary: one line.
       write: function (directory, network, *, overwrite, and `options`).
+      files: what it writes there.
       options: keywords of `write` that a user may set.
       equal_heads: whether q/k and v/out are padded to one width.
     """
 
     summary: str
     write: Callable[..., None]
+    files: tuple[str, ...]
     options: tuple[str, ...] = ()
     equal_heads: bool = False
 
 
 FORMATS = {
     "safetensors": Format(
-        "a sub-network directory: safetensors and spec.json", arrays.write_safetensors
+        "a sub-network directory: safetensors and spec.json",
+        arrays.write_safetensors,
+        checkpoint.SUBNET_FILES,
     ),
-    "npz": Format("the same arrays as npz, with spec.json", arrays.write_npz),
+    "npz": Format(
+        "the same arrays as npz, with spec.json", arrays.write_npz, arrays.NPZ_FILES
+    ),
     "flax": Format(
         "npz for plain flax.linen.MultiHeadDotProductAttention, vit_jax's names",
         flax_attention.write,
+        flax_attention.FILES,
         equal_heads=True,
     ),
     "nnx": Format(
         "a sub-network directory that formats.nnx.load turns into an NNX module",
         arrays.write_safetensors,
+        checkpoint.SUBNET_FILES,
     ),
-    "timm": Format("timm's state dict as safetensors", timm.write, equal_heads=True),
+    "timm": Format(
+        "timm's state dict as safetensors", timm.write, timm.FILES, equal_heads=True
+    ),
     "jax_export": Format(
-        "StableHLO of jax.export, any batch size", stablehlo.write, ("platforms",)
+        "StableHLO of jax.export, any batch size",
+        stablehlo.write,
+        stablehlo.FILES,
+        ("platforms",),
     ),
-    "onnx": Format("one ONNX file, any batch size", onnx.write, ("opset",)),
+    "onnx": Format("one ONNX file, any batch size", onnx.write, onnx.FILES, ("opset",)),
 }
 
 

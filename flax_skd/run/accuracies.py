@@ -1,0 +1,122 @@
+"""Accuracies that a sweep measured, for the cards of an export: of that network alone."""
+
+import json
+import logging
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from flax_skd.io.checkpoint import SubNet
+from flax_skd.io.directory import parse
+from flax_skd.method import macs
+from flax_skd.run import report
+
+_LOG = logging.getLogger(__name__)
+_ASKED = "asked.json"  # beside the rows: which networks they are of
+_COLUMNS = ("top1", "top5", "kl", "agreement", "images")
+
+
+class Sweep(NamedTuple):
+    """A sweep as it lies on disk.
+
+    Attributes:
+      path: of its `sweep.json`.
+      rows: in it.
+      sums: `checkpoint.supernet_sum` of its networks by name; empty of sweeps older
+        than `asked.json`.
+    """
+
+    path: pathlib.Path
+    rows: report.Rows
+    sums: Mapping[str, Any]
+
+
+def read(path: str) -> Sweep:
+    """The rows of a `sweep.json`, and of which networks they are.
+
+    Raises:
+      ValueError: if a file is no sweep's; the message names it.
+    """
+    file, sums = pathlib.Path(path).expanduser(), {}
+    rows = report.read(file)
+    asked = file.with_name(_ASKED)
+    if asked.is_file():
+        fields = parse(asked, lambda text: dict(json.loads(text)), asked.read_bytes())
+        sums = parse(asked, dict, fields.get("networks", {}))
+    return Sweep(file, rows, sums)
+
+
+def check_same(
+    found: Sweep,
+    *,
+    name: str,
+    supernet_sum: str | None,
+    source: pathlib.Path,
+) -> None:
+    """Refuses a sweep of another network than the one that is exported.
+
+    Where one of both sums is not known there is a warning, and rows are still taken by
+    their sizes: older sweeps and sub-networks have none.
+
+    Args:
+      found: the sweep.
+      name: of the super-network in its rows.
+      supernet_sum: of the super-network exported, or that the sub-network was cut from.
+      source: the file that says so.
+
+    Raises:
+      ValueError: if the sweep has rows of this name, and they are of other weights.
+    """
+    asked, then = found.path.with_name(_ASKED), found.sums.get(name)
+    if not any(row["criterion"] == name for row in found.rows):
+        return
+    if then is None or supernet_sum is None:
+        silent = asked if then is None else source
+        _LOG.warning(
+            "%s does not say which super-network it is of: accuracies in %s are taken "
+            "by name, level and sizes alone.",
+            *(silent, found.path),
+        )
+    elif then != supernet_sum:
+        raise ValueError(
+            f"{found.path} is of another super-network than {source}, of the same name "
+            f"{name!r}: {asked} has the sum {then!s:.12}, this one {supernet_sum:.12}. "
+            "Sweep this one, or leave --measured away."
+        )
+
+
+def accuracy(found: Sweep, network: SubNet, *, name: str) -> dict[str, Any] | None:
+    """What the sweep measured of a sub-network, or None and a warning that says why.
+
+    Args:
+      found: a sweep of the super-network, as `check_same` holds.
+      network: a level of it, as it was cut or as it was trained afterwards.
+      name: of the super-network in the sweep's rows.
+    """
+    facts = network.provenance
+    if changed := _changed_since(facts):
+        _LOG.warning(
+            "no accuracy: the sub-network was %s, and %s has its level as it was cut.",
+            *(changed, found.path),
+        )
+        return None
+    spec, widths = network.spec, network.widths
+    wanted = name, facts.get("level"), macs.macs(spec, widths)
+    wanted += (macs.param_count(spec, widths),)
+    for row in found.rows if facts.get("level") is not None else ():
+        if tuple(row[k] for k in ("criterion", "level", "macs", "params")) == wanted:
+            return {key: row[key] for key in _COLUMNS}
+    _LOG.warning(
+        "no accuracy: %s has no row of %r at level %s with these sizes.",
+        *(found.path, name, facts.get("level")),
+    )
+    return None
+
+
+def _changed_since(facts: Mapping[str, Any]) -> str:
+    """What was done to a sub-network after its cut, by its provenance."""
+    if "steps" in facts:
+        return f"trained for {facts['steps']} steps"
+    fitted = facts.get("recalibrated", {})
+    # "stored" is the cut as it was, where nothing that was tried is better.
+    return "recalibrated" if fitted.get("chosen", "stored") != "stored" else ""
