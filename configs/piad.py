@@ -18,7 +18,7 @@ EPOCHS = {"": 60.0, "Ti": 300.0, "S": 300.0, "B": 150.0}
 def get_config(variant: str = "") -> ConfigDict:
     """The paper's setting (Li et al., AAAI 2026), or the digits without a variant."""
     size = variant.partition("/")[0]
-    if size not in EPOCHS:
+    if size not in EPOCHS or bool(size) != bool(variant):
         raise ValueError(f"no recipe for {variant!r}: choose Ti/16, S/16 or B/16.")
     config = ConfigDict()
     config.program = "piad"

@@ -96,7 +96,7 @@ def test_a_cut_touches_its_own_branches_only(spec, cut, widths):
 @pytest.mark.parametrize(
     ("args", "match"),
     [
-        (("heads", 0.5), "'heads': choose one of attention, qk, vo, mlp, all"),
+        (("heads", 0.5), "'heads': choose of attention, qk, vo, mlp, all"),
         (("qk", 0.0), r"kept = 0.0 must lie in \(0, 1\]"),
         (("qk", 1.5), r"kept = 1.5 must lie in \(0, 1\]"),
     ],

@@ -224,7 +224,7 @@ BAD = {
     "unknown config key": (
         ["contract", "--workdir=x", "--config.data.sauce=y"],
         2,
-        "no entry 'sauce'",
+        "no entry 'data.sauce'",
     ),
     "wrong type": (
         ["contract", "--workdir=x", "--config.list.levels=many"],
@@ -433,7 +433,7 @@ def test_transfer_gives_a_trained_network_a_fresh_head(files, params, tmp_path, 
         f"--config.data.source=tar:{files}/images.tar",
         "--config.data.batch_size=16",
         "--config.epochs=1",
-        "--config.lr=1e-9",
+        *("--config.lr=1e-9", "--config.min_lr=0.0"),
         "--config.warmup_epochs=0",
         f"--workdir={tmp_path}/run",
     ]

@@ -142,7 +142,7 @@ def test_a_slash_after_a_folder_changes_nothing(network, capsys):
 def test_a_mistyped_entry_gets_a_hint(tmp_path, capsys):
     args = ["train", f"--workdir={tmp_path}/run", "--config.data.batchsize=3"]
     told = refused(args, capsys)
-    assert "no entry 'batchsize' in the config; flax-skd train --help" in told
+    assert "no entry 'data.batchsize' in configs/scratch.py; flax-skd train" in told
     told = refused([*args, "--config=configs/piad.py:S/16"], capsys)
     assert "flax-skd train --config=configs/piad.py:S/16 --help lists them" in told
     assert 'Did you mean "batch_size"' in told and "\\" not in told

@@ -261,10 +261,16 @@ def level_for(dropout_list: DropoutList, limit: float, *, cost: Predicted) -> in
         raise ValueError(
             f"no level takes {readable(limit, cost.batch_size)}: the smallest "
             f"sub-network (level {int(dropout_list.levels)}) takes "
-            f"{readable(fastest, cost.batch_size)}. Ask for at least that, or make a "
-            "list that goes further down."
+            f"{readable(_up(fastest), cost.batch_size)}. Ask for at least that, or make "
+            "a list that goes further down."
         )
     return piad.level_for(dropout_list, cost.spec, 1e9 * limit, cost=cost)
+
+
+def _up(time: float) -> float:
+    """The next number of four digits: what a message asks for must be enough."""
+    unit = 10.0 ** (np.floor(np.log10(time)) - 3) if time > 0 else 1.0
+    return float(np.ceil(time / unit) * unit)
 
 
 def readable(time: float, batch_size: int) -> str:

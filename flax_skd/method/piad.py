@@ -141,12 +141,21 @@ def sample_level_by_macs(
     return jnp.minimum(above.sum(-1), dropout_list.levels).astype(jnp.int32)
 
 
+def limit_of(share: float, full: float) -> float:
+    """A share of a count as a limit for `level_for`.
+
+    A level's own share, a quotient of two counts, finds that level: what the division
+    rounded off is given back.
+    """
+    return share * full * (1 + 1e-14)
+
+
 def level_for(
     dropout_list: DropoutList,
     spec: ViTSpec,
-    limit: int,
+    limit: float,
     *,
-    cost: Callable[[ViTSpec, SubnetSpec], int] = macs.macs,
+    cost: Callable[[ViTSpec, SubnetSpec], float] = macs.macs,
 ) -> int:
     """The largest sub-network of the list that fits a budget.
 
@@ -173,8 +182,8 @@ def level_for(
     raise ValueError(
         f"no level reaches a budget of {_readable(limit)}: the smallest "
         f"sub-network (level {int(dropout_list.levels)}) costs "
-        f"{macs.readable(smallest)}. Ask for at least that, or make a list that goes "
-        "further down."
+        f"{macs.readable(smallest)} ({smallest:,}). Ask for at least that, or make a "
+        "list that goes further down."
     )
 
 

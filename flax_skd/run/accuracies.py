@@ -12,7 +12,7 @@ from flax_skd.method import macs
 from flax_skd.run import report
 
 _LOG = logging.getLogger(__name__)
-_ASKED = "asked.json"  # beside the rows: which networks they are of
+ASKED = "asked.json"  # beside the rows: which networks they are of
 _COLUMNS = ("top1", "top5", "kl", "agreement", "images")
 
 
@@ -39,7 +39,7 @@ def read(path: str) -> Sweep:
     """
     file, sums = pathlib.Path(path).expanduser(), {}
     rows = report.read(file)
-    asked = file.with_name(_ASKED)
+    asked = file.with_name(ASKED)
     if asked.is_file():
         fields = parse(asked, lambda text: dict(json.loads(text)), asked.read_bytes())
         sums = parse(asked, dict, fields.get("networks", {}))
@@ -67,7 +67,7 @@ def check_same(
     Raises:
       ValueError: if the sweep has rows of this name, and they are of other weights.
     """
-    asked, then = found.path.with_name(_ASKED), found.sums.get(name)
+    asked, then = found.path.with_name(ASKED), found.sums.get(name)
     if not any(row["criterion"] == name for row in found.rows):
         return
     if then is None or supernet_sum is None:

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import flax_skd
-from flax_skd.io import checkpoint, conversion, data
+from flax_skd.io import checkpoint, conversion, data, directory
 from flax_skd.io.checkpoint import SubNet, SuperNet
+from flax_skd.io.source_fields import RECIPES
 from flax_skd.method import compensation, costs, macs, piad, statistics, subnet
-from flax_skd.method.spec import SubnetSpec
+from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
 from flax_skd.run import feed, sharding
 
@@ -40,6 +41,7 @@ def load_network(model: Any) -> SuperNet:
     path = pathlib.Path(model.path).expanduser()
     if (path / checkpoint.SUPERNET_FILES[0]).is_file():
         network = checkpoint.load_supernet(path)
+        _check_says_the_same(model, network.spec, path)
         if model.image_size not in (0, network.spec.image_size):
             raise ValueError(
                 f"{path} holds a network for {network.spec.image_size} pixels, not "
@@ -59,6 +61,24 @@ def load_network(model: Any) -> SuperNet:
     return SuperNet(source.params, source.spec, full, {"source": facts})
 
 
+def _check_says_the_same(model: Any, spec: ViTSpec, path: pathlib.Path) -> None:
+    """Refuses what a weights file needs where it would change a directory of ours."""
+    told = dict(RECIPES.get(model.recipe, {}))
+    told |= {k: v for k, v in model.fields.items() if v is not None}
+    wrong = [
+        f"{name} = {getattr(spec, name)!r}, not {value!r}"
+        for name, value in told.items()
+        if getattr(spec, name, value) != value
+    ]
+    if model.get("entry", ""):
+        wrong.append(f"one network, and no entry {model.entry!r}")
+    if wrong:
+        raise ValueError(
+            f"{path} holds {'; '.join(wrong)}, as model.recipe and model.fields have it: "
+            "what a file cannot tell is said where it is converted."
+        )
+
+
 def in_float32(params: Any) -> Any:
     """Parameters to compute with, whatever precision they were stored in."""
     return jax.tree.map(lambda x: np.asarray(x, np.float32), params)
@@ -68,8 +88,13 @@ def convert(config: Any, *, workdir: str, overwrite: bool) -> str:
     """A weights file to a directory of ours, or to timm safetensors by its name."""
     network = load_network(config.model)
     if workdir.endswith(".safetensors"):
-        if pathlib.Path(workdir).exists() and not overwrite:
+        if directory.local(workdir).exists() and not overwrite:
             raise ValueError(f"{workdir} exists: name another, or pass --overwrite.")
+        if config.dtype != "float32":
+            raise ValueError(
+                f"dtype {config.dtype!r}: timm's format is written in float32; leave "
+                "--config.dtype away, or name a directory."
+            )
         conversion.write_timm(workdir, network.params, network.spec)
     else:
         dtype = dtype_named(config.dtype)
@@ -163,8 +188,12 @@ def extract(
     """
     supernet = prepare(checkpoint.load_supernet(workdir))
     small, level = subnet_within(supernet, cost=cost, limit=limit)
-    facts = {"parent": pathlib.Path(workdir).name, "level": level}
-    facts["supernet"] = supernet.provenance
+    facts = {
+        "parent": directory.local(workdir).name,
+        "supernet_sha256": checkpoint.supernet_sum(workdir),
+        "level": level,
+        "supernet": supernet.provenance,
+    }
     if fit is not None:
         done = fit(supernet, small.widths)
         small = small._replace(params=subnet.extract(done.params, small.widths))
@@ -185,8 +214,8 @@ def subnet_within(supernet: SuperNet, *, cost: Any, limit: float) -> tuple[SubNe
     if limit <= 0:
         raise ValueError(f"a budget of {limit} must be positive.")
     if limit <= 1:
-        limit = int(limit * cost(spec, SubnetSpec.full(spec)))
-    level = piad.level_for(supernet.dropout_list, spec, int(limit), cost=cost)
+        limit = piad.limit_of(limit, cost(spec, SubnetSpec.full(spec)))
+    level = piad.level_for(supernet.dropout_list, spec, limit, cost=cost)
     widths = supernet.dropout_list.widths(level, spec)
     whole = compensation.repaired(supernet.params, spec, supernet.compensation, widths)
     # On the host: a slice on a device is compiled, one for every width.

@@ -1,6 +1,7 @@
 """Config files: by path, or those shipped with the package from anywhere."""
 
 import importlib.util
+import os
 import pathlib
 import re
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ def find(argument: str) -> str:
     Raises:
       ValueError: if there is no such file; lists the shipped ones.
     """
-    path, colon, variant = argument.partition(":")
+    path, colon, variant = os.path.expanduser(argument).partition(":")
     package = pathlib.Path(__file__).resolve().parents[1]
     shipped = [package / "configs", package.parent / "configs"]
     parts = pathlib.PurePath(path).parts

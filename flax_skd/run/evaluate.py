@@ -66,7 +66,8 @@ def fixed_cut(spec: ViTSpec, cut: str, kept: float) -> Cut:
       ValueError: if the cut is unknown or the share not in (0, 1].
     """
     if cut not in CUTS:
-        raise ValueError(f"cut {cut!r}: choose one of {', '.join(CUTS)}.")
+        known = ", ".join([*CUTS, "levels", "budgets"])
+        raise ValueError(f"cut {cut!r}: choose of {known}.")
     if not 0 < kept <= 1:
         raise ValueError(f"kept = {kept} must lie in (0, 1].")
     full = SubnetSpec.full(spec)

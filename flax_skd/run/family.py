@@ -200,8 +200,8 @@ class SubnetFamily:
         if not limit > 0:
             raise ValueError(f"{unit} = {limit} must be above 0.")
         full = cost(self.spec, SubnetSpec.full(self.spec))
-        limit = limit * full if limit <= 1 else min(limit, full)
-        return piad.level_for(self.levels, self.spec, int(limit), cost=cost)
+        limit = piad.limit_of(limit, full) if limit <= 1 else limit
+        return piad.level_for(self.levels, self.spec, limit, cost=cost)
 
     def _switch(self, level: int) -> None:
         widths = self.levels.widths(level, self.spec)

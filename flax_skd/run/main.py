@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from typing import Any
 
 import jax
 from absl import flags
@@ -66,9 +67,11 @@ def parse(name: str, arguments: list[str]) -> flags.FlagValues:
     if command.config:
         path, arguments = _split_config(arguments, f"configs/{command.config}")
         config_flags = require("ml_collections.config_flags")
+        config = config_files.load(path)
+        _check_serves(name, path, config)
         config_flags.DEFINE_config_dict(
             "config",
-            config_files.load(path),
+            config,
             lock_config=True,
             flag_values=values,
             sys_argv=[name, *arguments],
@@ -76,13 +79,31 @@ def parse(name: str, arguments: list[str]) -> flags.FlagValues:
     rest = values([f"flax-skd {name}", *arguments])[1:]
     if rest:
         raise ValueError(f"surplus arguments {rest}: flags look like --name=value.")
-    for flag in ("workdir", "out"):  # a shell completes the name of a folder with /
+    for flag in ("workdir", "out", "profile", "measured"):
         if flag in command.flags and values[flag].value:
-            values[flag].value = values[flag].value.rstrip("/") or "/"
+            values[flag].value = _path(values[flag].value)
     for flag in REQUIRED.get(name, ("workdir",)):
         if not values[flag].value:
             raise ValueError(f"--{flag} is needed; see flax-skd {name} --help.")
     return values
+
+
+def _path(text: str) -> str:
+    """A path with the name of what it is last, to which names of others are added."""
+    # A shell completes a folder with /, and leaves the ~ of --flag=~/x to us.
+    path = os.path.expanduser(text).rstrip("/") or "/"
+    return path if os.path.basename(path).strip(".") else os.path.abspath(path)
+
+
+def _check_serves(name: str, path: str, config: Any) -> None:
+    """Raises ValueError if the config file of another command was given."""
+    default = f"configs/{COMMANDS[name].config}"
+    missing = set(config_files.load(default)) - set(config)
+    if missing and name != "train":  # which reads configs of many programs
+        raise ValueError(
+            f"{path} is no config of {name}: it lacks {', '.join(sorted(missing))}. "
+            f"Take {default}, or one like it."
+        )
 
 
 def _split_config(arguments: list[str], path: str) -> tuple[str, list[str]]:
@@ -131,11 +152,10 @@ def main(arguments: list[str]) -> int:
         # ml_collections raises either for an entry that a locked config lacks.
         entry, *hint = str(error.args[0]).strip("\"'").replace("\\n", "\n").split("\n")
         hint = f" {hint[0]}" if hint else ""
-        path = _split_config(rest, "")[0]
-        asked = f"--config={path} --help" if path else "--help"
-        lists = f"flax-skd {name} {asked} lists them"
+        path, others = _split_config(rest, f"configs/{COMMANDS[name].config}")
         print(
-            f"flax-skd {name}: no entry {_bare(entry)!r} in the config; {lists}.{hint}",
+            f"flax-skd {name}: no entry {_entry(_bare(entry), others)!r} in {path}; "
+            f"flax-skd {name} --config={path} --help lists them.{hint}",
             file=sys.stderr,
         )
         return 2
@@ -159,6 +179,13 @@ def main(arguments: list[str]) -> int:
         print(f"flax-skd {name}: interrupted.", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _entry(last: str, arguments: list[str]) -> str:
+    """The whole name of an entry, whose last part alone ml_collections tells."""
+    names = [argument.partition("=")[0].lstrip("-") for argument in arguments]
+    found = [n for n in names if n.startswith("config.") and n.endswith(f".{last}")]
+    return found[0].removeprefix("config.") if found else last
 
 
 def _bare(entry: str) -> str:

@@ -159,7 +159,8 @@ def table(others: training.Programs) -> dict[str, Command]:
             ),
         ),
         "train": Command(
-            "train a ViT from scratch; checkpoints, log and the network go to --workdir",
+            "train the network that --config says (scratch.py, transfer.py, piad.py, "
+            "finetune.py, rivals/...); checkpoints, log and it go to --workdir",
             "--config=configs/scratch.py --workdir=DIR",
             "scratch.py",
             ("workdir", "overwrite", "resume", *HOSTS),

@@ -1,6 +1,5 @@
 """The sweep command: sub-networks of super-networks to a table and figures."""
 
-import hashlib
 import json
 import logging
 import pathlib
@@ -13,12 +12,13 @@ from flax_skd.io.checkpoint import SuperNet
 from flax_skd.io.differences import differences
 from flax_skd.io.directory import as_json, parse
 from flax_skd.method import macs, piad
-from flax_skd.method.spec import SubnetSpec
+from flax_skd.method.piad import DropoutList
+from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
 from flax_skd.run import commands, evaluate, feed, report, sharding, time_budget
+from flax_skd.run.accuracies import ASKED
 
 _LOG = logging.getLogger(__name__)
-_ASKED = "asked.json"  # beside the rows: what they are of
 
 
 def cuts_of(
@@ -37,12 +37,24 @@ def cuts_of(
             chosen = range(every, int(levels.levels) + 1, every)
             rows += [evaluate.list_cut(spec, levels, level) for level in chosen]
         elif cut == "budgets":
-            limits = [int(share * macs.macs(spec)) for share in shares]
-            chosen = [piad.level_for(levels, spec, limit) for limit in limits]
-            rows += [evaluate.list_cut(spec, levels, level) for level in chosen]
+            rows += [_within(spec, levels, share) for share in shares]
         else:
             rows += [evaluate.fixed_cut(spec, cut, share) for share in shares]
-    return [r for r in rows if r is full or r.widths != full.widths]
+    rows = dict.fromkeys(r for r in rows if r is full or r.widths != full.widths)
+    if len({r.level is None for r in rows if r.cut == "all" and r is not full}) > 1:
+        raise ValueError(
+            f"cuts = {cuts!r}: 'all' cuts every block alike, levels and budgets are of "
+            "the list, and one line would join them: sweep them into two folders, --out."
+        )
+    return [*rows]
+
+
+def _within(spec: ViTSpec, levels: DropoutList, share: float) -> evaluate.Cut:
+    """The largest level within a share of the MACs."""
+    if not 0 < share <= 1:
+        raise ValueError(f"kept = {share} must lie in (0, 1].")
+    limit = piad.limit_of(share, macs.macs(spec))
+    return evaluate.list_cut(spec, levels, piad.level_for(levels, spec, limit))
 
 
 def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool) -> str:
@@ -54,7 +66,7 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
     for name in commands.listed(config.compare):
         paths[name] = f"{workdir}-{name}"
         supernets[name] = checkpoint.load_supernet(paths[name])
-    folder = pathlib.Path(out or f"{workdir}-sweep")
+    folder = pathlib.Path(out or f"{workdir}-sweep").expanduser()
     cuts = cuts_of(main, config.cuts, config.kept, every=config.every)
     batches = feed.batches_of(config.data, main.spec, seed=config.seed)
     asked = {
@@ -62,7 +74,7 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
         "on_bad_image": config.data.on_bad_image,
         "dtype": config.dtype,
         **{key: config[key] for key in ("cuts", "kept", "every")},
-        "networks": {k: _sum_of(path) for k, path in paths.items()},
+        "networks": {k: checkpoint.supernet_sum(p) for k, p in paths.items()},
     }
     done, asked = _finished(folder, asked, overwrite=overwrite, resume=resume)
     there = {row["criterion"] for row in done}
@@ -71,7 +83,7 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
     writes = jax.process_index() == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _ASKED).write_text(json.dumps(asked) + "\n", encoding="utf-8")
+        (folder / ASKED).write_text(json.dumps(asked) + "\n", encoding="utf-8")
         title_of_list = "What each block keeps, level by level"
         heat = report.list_figure(main.dropout_list, main.spec, title=title_of_list)
         heat.savefig(folder / "list.png", dpi=150)
@@ -105,12 +117,6 @@ def _draw_over_time(config, spec, cuts, rows, folder, *, title: str) -> None:
     drawn.savefig(folder / "latency.png", dpi=150)
 
 
-def _sum_of(path: str) -> str:
-    """SHA-256 of what states sizes, list and the sums of the arrays."""
-    facts = pathlib.Path(path).expanduser() / checkpoint.SUPERNET_FILES[0]
-    return hashlib.sha256(facts.read_bytes()).hexdigest()
-
-
 def _finished(
     folder: pathlib.Path, asked: dict[str, Any], *, overwrite: bool, resume: bool
 ) -> tuple[report.Rows, dict[str, Any]]:
@@ -129,17 +135,17 @@ def _finished(
             "to start again, or another --out."
         )
     rows, was = report.read(path), {}
-    if (folder / _ASKED).exists():
-        was = parse(folder / _ASKED, json.loads, (folder / _ASKED).read_bytes())
-        was = parse(folder / _ASKED, dict, was)
-    asked, earlier = as_json(asked, _ASKED), was.pop("networks", {})
+    if (folder / ASKED).exists():
+        was = parse(folder / ASKED, json.loads, (folder / ASKED).read_bytes())
+        was = parse(folder / ASKED, dict, was)
+    asked, earlier = as_json(asked, ASKED), was.pop("networks", {})
     # A network that was not measured, or is not asked for now, does no harm.
     common = {row["criterion"] for row in rows} & set(asked["networks"])
     then, now = ({k: n.get(k) for k in common} for n in (earlier, asked["networks"]))
     wrong = differences(was | {"networks": then}, asked | {"networks": now})
     if wrong:
         raise ValueError(
-            f"{path} is of another sweep, as {_ASKED} beside it says:\n  "
+            f"{path} is of another sweep, as {ASKED} beside it says:\n  "
             + "\n  ".join(wrong)
             + "\nPass --overwrite to start again, or another --out."
         )

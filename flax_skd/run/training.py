@@ -111,7 +111,7 @@ def train(
     """
     _check(config)
     program = program_of(config, others)
-    target = pathlib.Path(workdir) / NETWORK
+    target = pathlib.Path(workdir).expanduser() / NETWORK
     _check_network(target, program.files, overwrite=overwrite, resume=resume)
     spec = program.model.spec
     source = feed.open_images(config.data, spec)
