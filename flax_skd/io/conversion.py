@@ -212,13 +212,7 @@ def to_timm(params: dict[str, Any], spec: ViTSpec) -> dict[str, np.ndarray]:
     flat = tensor_layout.unnest(params, spec)
     if spec.pre_norm and not flat["patch_embed/bias"].any():
         del flat["patch_embed/bias"]  # timm has none in front of norm_pre
-    return {
-        rule.key.replace("{i}", str(i)): np.ascontiguousarray(
-            rule.transform.inverse(tuple(flat[p] for p in paths), spec.num_heads)
-        )
-        for rule, i, paths in tensor_layout.lines_of("timm", spec.depth)
-        if all(path in flat for path in paths)
-    }
+    return tensor_layout.named("timm", flat, spec)
 
 
 def write_timm(path: str | os.PathLike, params: dict[str, Any], spec: ViTSpec) -> None:

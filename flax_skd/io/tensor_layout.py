@@ -15,6 +15,26 @@ _ATTENTION = ("norm1", "attn", "layer_scale1")
 QKV_BIAS = ("attn/query/bias", "attn/key/bias", "attn/value/bias")
 
 
+def named(family: str, flat: Flat, spec: ViTSpec) -> Flat:
+    """Tensors under a family's names, in the order of its table.
+
+    Args:
+      family: a key of `key_tables.TABLES`.
+      flat: parameters by path, as `unnest` makes them; lines that lack one are left out.
+      spec: of the network.
+
+    Returns:
+      Contiguous arrays.
+    """
+    return {
+        rule.key.replace("{i}", str(i)): np.ascontiguousarray(
+            rule.transform.inverse(tuple(flat[p] for p in paths), spec.num_heads)
+        )
+        for rule, i, paths in lines_of(family, spec.depth)
+        if all(path in flat for path in paths)
+    }
+
+
 def lines_of(family: str, depth: int) -> Iterator[tuple[Rule, int, tuple[str, ...]]]:
     """The lines of a table written out for each block, one for each path.
 

@@ -43,13 +43,7 @@ def convert(network: SubNet) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         params["norm"] = params.pop("fc_norm")
     prefix = [params.pop("register_tokens")] if spec.registers else []
     flat = folding.flat(_with_biases(params))
-    named = {
-        rule.key.replace("{i}", str(i)): np.ascontiguousarray(
-            rule.transform.inverse(tuple(flat[p] for p in paths), spec.num_heads)
-        )
-        for rule, i, paths in tensor_layout.lines_of("jax", spec.depth)
-        if all(path in flat for path in paths)
-    }
+    named = tensor_layout.named("jax", flat, spec)
     if prefix:
         cls = [named["cls"][0]] if spec.class_token else []
         named["cls"] = np.concatenate([*cls, *prefix])[None]

@@ -44,13 +44,7 @@ def convert(network: SubNet) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if spec.pre_norm:  # timm has no bias in front of norm_pre
         params = folding.without_patch_bias(params, spec)
     flat = folding.flat(params)
-    named = {
-        rule.key.replace("{i}", str(i)): np.ascontiguousarray(
-            rule.transform.inverse(tuple(flat[p] for p in paths), spec.num_heads)
-        )
-        for rule, i, paths in tensor_layout.lines_of("timm", spec.depth)
-        if all(path in flat for path in paths)
-    }
+    named = tensor_layout.named("timm", flat, spec)
     return named, _config(spec, padded.widths)
 
 
