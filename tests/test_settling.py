@@ -5,7 +5,7 @@ import numpy as np
 import optax
 from test_train import ONE, batches, rows
 
-from flax_skd.run import train
+from flax_skd.run import settling, train
 
 
 def test_the_rate_that_is_logged_is_the_one_the_step_took(tmp_path):
@@ -40,3 +40,33 @@ def test_the_rate_that_is_logged_is_the_one_the_step_took(tmp_path):
     np.testing.assert_allclose([row["lr"] for row in log], moved, atol=1e-6)
     assert len({round(x, 4) for x in moved}) >= 5  # no two steps in a row are alike
     np.testing.assert_allclose([r["before"] for r in log], places[:-1], atol=1e-6)
+
+
+class Told:
+    """A progress that reports every step, and keeps what it is told."""
+
+    def __init__(self):
+        self.steps, self.reports = [], []
+
+    def step(self, step, values, images):
+        self.steps.append((step, values["loss"], images))
+        return True
+
+    def report(self, step, more):
+        self.reports.append((step, more))
+
+
+def test_images_of_a_step_are_those_of_all_processes(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    told = Told()
+    running = settling.Running(told, None, None, {"w": np.zeros(2)})
+    for step in (1, 2):
+        fine = {"grad_finite": np.ones(1, bool), "param_finite": np.ones(1, bool)}
+        norms = {"loss": step / 2, "grad_norm": 1.0, "param_norm": 1.0}
+        batch = {"image": np.zeros((4, 2)), "label": np.zeros(4)}
+        running.follow(step, norms | fine, batch)
+    assert told.steps == [(1, 0.5, 12)]  # one step behind the run
+    running.settle()
+    running.settle()  # once is enough
+    assert told.steps == [(1, 0.5, 12), (2, 1.0, 12)]
+    assert told.reports == [(1, {}), (2, {})]
