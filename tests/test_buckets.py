@@ -134,6 +134,16 @@ def test_every_level_is_drawn_as_often_as_any_other():
     assert max(abs(c - 1000) for c in counts.values()) < 4 * 1000**0.5
 
 
+def test_the_seed_decides_which_levels_are_drawn():
+    extra = objective.Elastic(levels_of())
+
+    def drawn(seed):
+        taken = buckets.Buckets(SPEC, lambda widths: widths, shares=SHARES, seed=seed)
+        return [int(taken.before_step(t, extra)[0].level) for t in range(1, 30)]
+
+    assert drawn(0) == drawn(0) != drawn(1)
+
+
 def run(data=None, *, traces=None, **options):
     def loss_of(within):
         inner = objective.classification_loss(

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_skd.io import checkpoint
-from flax_skd.method import macs, piad, subnet
+from flax_skd.io import checkpoint, data, sources
+from flax_skd.method import compensation, macs, piad, subnet
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
 from flax_skd.run import evaluate, report, sweeping
@@ -122,6 +122,38 @@ def test_a_sweep_lists_the_full_network_once_and_levels_on_request(spec, params)
     assert macs.macs(spec, net.dropout_list.widths(half.level - 1, spec)) > limit
     with pytest.raises(ValueError, match="write shares like 1/4"):
         sweeping.cuts_of(net, "all", "1/0")
+
+
+def test_a_sweep_measures_each_network_with_what_repairs_it_and_no_other(
+    spec, params, batch
+):
+    def moments(size):
+        x = np.random.default_rng(size).normal(size=(3 * size, size))
+        return [(x.mean(0) + 0.5, np.cov(x.T))] * spec.depth
+
+    sizes = compensation.inner_units(spec)
+    repairs = compensation.from_moments(
+        moments(sizes["attn"]), moments(sizes["mlp"]), spec
+    )
+    plain = supernet(spec, params)
+    networks = {"repaired": plain._replace(compensation=repairs), "plain": plain}
+    whole = spec.replace(crop_fraction=1.0)
+    source = sources.ArraySource(batch["image"], batch["label"])
+    found = sweeping.run_sweep(
+        networks,
+        ViT(whole),
+        data.eval_batches(source, whole, batch_size=8),
+        [evaluate.fixed_cut(spec, "all", 0.5)],
+    )
+    assert [row["criterion"] for row in found] == ["repaired", "plain"]
+    widths = SubnetSpec.uniform(spec, 6, 6, 20)
+    full = log_softmax(ViT(spec).apply({"params": params}, batch["image"]))
+    for row, own in zip(found, (repairs, None)):
+        small = subnet.extract(compensation.repaired(params, spec, own, widths), widths)
+        logits = ViT(spec, widths).apply({"params": small}, batch["image"])
+        kl = (np.exp(full) * (full - log_softmax(logits))).sum(-1).mean()
+        assert row["kl"] == pytest.approx(kl, abs=1e-4) and row["images"] == 12
+    assert abs(found[0]["kl"] - found[1]["kl"]) > 1e-2
 
 
 def test_sweep_rows_have_the_columns_and_survive_their_files(

@@ -5,6 +5,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.optimize import nnls
@@ -400,6 +401,34 @@ def test_the_profile_command_writes_what_budgets_read(measured, spec):
     milliseconds = time_budget.milliseconds(found, 2)
     want = 2e3 * latency.seconds(TRUE, RAGGED)
     np.testing.assert_allclose(milliseconds(spec, RAGGED), want, rtol=1e-6)
+
+
+def test_checks_and_stairs_and_other_batches_are_no_part_of_a_fit(measured):
+    folder, _, _ = measured
+    rows = time_budget.read(folder / "out").measured
+    want = profiling.fitted(rows, 2)
+
+    def slower(row):
+        ours = row["batch_size"] == 2 and row["use"] in ("fit", "anchor")
+        return row if ours else row | {"seconds": 100 * row["seconds"]}
+
+    assert {row["use"] for row in rows} == {"fit", "anchor", "check", "stairs"}
+    assert profiling.fitted([*map(slower, rows)], 2) == want
+
+
+def test_what_is_profiled_computes_in_the_precision_that_is_asked(
+    spec, params, tmp_path, monkeypatch
+):
+    asked = set()
+
+    def compiled(params, spec, widths, images, *, dtype):
+        asked.add(jnp.dtype(dtype).name)
+        return lambda: latency.seconds(TRUE, widths), 0.5
+
+    monkeypatch.setattr(timing, "compiled", compiled)
+    profiled(tmp_path, spec, params, batch_size=1, stairs="", dtype="bfloat16")
+    assert asked == {"bfloat16"}
+    assert time_budget.read(tmp_path / "out").dtype == "bfloat16"
 
 
 def test_a_real_device_can_be_profiled(tmp_path, spec):

@@ -205,18 +205,29 @@ def test_no_chance_to_erase_erases_nothing(images):
 # The whole batch.
 
 
-def test_a_mixed_batch_is_normalised_erased_mixed_and_keeps_the_rest(spec, batch):
-    key, pixels = jax.random.key(3), jax.tree.map(jnp.asarray, batch)
-    got = mixing.mixed_batch(key, pixels, spec, mixing.Mixing())
-    erase_key, mix_key = jax.random.split(key)
-    images = vit.normalise(pixels["image"], spec)
-    images = mixing.random_erasing(erase_key, images, probability=0.25)
-    targets = 0.9 * jnp.eye(5)[batch["label"]] + 0.02
-    images, targets = mixing.mix(mix_key, images, targets)
-    assert got["image"].dtype == got["label"].dtype == jnp.float32
-    np.testing.assert_allclose(got["image"], images, atol=1e-6)
-    np.testing.assert_allclose(got["label"], targets, atol=1e-6)
-    np.testing.assert_array_equal(got["weight"], batch["weight"])
+@pytest.mark.parametrize(
+    "options", [mixing.Mixing(), mixing.Mixing(2.0, 0.3, switch=0.1, erase=0.7)]
+)
+def test_a_mixed_batch_is_normalised_erased_mixed_and_keeps_the_rest(
+    spec, batch, options
+):
+    pixels = jax.tree.map(jnp.asarray, batch)
+    for key in keys(6):
+        got = mixing.mixed_batch(key, pixels, spec, options)
+        erase_key, mix_key = jax.random.split(key)
+        images = vit.normalise(pixels["image"], spec)
+        images = mixing.random_erasing(erase_key, images, probability=options.erase)
+        targets = 0.9 * jnp.eye(5)[batch["label"]] + 0.02
+        images, targets = mixing.mix(
+            *(mix_key, images, targets),
+            mixup_alpha=options.mixup,
+            cutmix_alpha=options.cutmix,
+            switch_probability=options.switch,
+        )
+        assert got["image"].dtype == got["label"].dtype == jnp.float32
+        np.testing.assert_allclose(got["image"], images, atol=1e-6)
+        np.testing.assert_allclose(got["label"], targets, atol=1e-6)
+        np.testing.assert_array_equal(got["weight"], batch["weight"])
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -161,6 +161,26 @@ def test_where_no_box_fits_it_is_the_largest_in_the_centre(size, box):
     assert got == box
 
 
+def test_crops_are_uniform_in_area_and_log_uniform_in_shape():
+    rng = np.random.default_rng(0)
+    count, side = 4000, 10_000  # large: no draw is refused, and no side is rounded
+    scale, ratio = (0.05, 0.2), (1 / 4, 4)
+    boxes = np.array(
+        [
+            augment.crop_box((side, side), rng, scale=scale, ratio=ratio)
+            for _ in range(count)
+        ]
+    )
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    areas = (width * height / side**2 - scale[0]) / (scale[1] - scale[0])
+    shapes = np.log(width / height) / np.log(16) + 1 / 2
+    corners = boxes[:, 0] / (side - width), boxes[:, 1] / (side - height)
+    for found in (areas, shapes, *corners):  # all uniform from 0 to 1
+        # The largest distance from a uniform law: one draw in 10,000 is further.
+        steps = np.arange(1, count + 1) / count
+        assert np.abs(np.sort(found) - steps).max() < 2.23 / count**0.5
+
+
 def test_flip_crop_of_the_whole_image_flips_about_half_of_the_time():
     image = photograph(8, 8)
     whole = functools.partial(augment.flip_crop, scale=(1, 1), ratio=(1, 1))

@@ -6,7 +6,15 @@ import pytest
 
 from flax_skd.io import checkpoint
 from flax_skd.io.checkpoint import SuperNet
-from flax_skd.method import compensation, macs, piad, recalibration, statistics, subnet
+from flax_skd.method import (
+    compensation,
+    costs,
+    macs,
+    piad,
+    recalibration,
+    statistics,
+    subnet,
+)
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
 from flax_skd.run import commands, main, recalibrating
@@ -33,6 +41,7 @@ def statistics_of(spec, params, batches, tokens, widths=None):
         ViT(spec),
         params,
         batches,
+        cost=costs.top_logit,
         weightings=(),
         moments=(tokens,),
         masks=widths and subnet.masks(spec, widths),
@@ -194,6 +203,92 @@ def test_the_choice_is_never_worse_on_images_held_out(spec, network):
         {"params": done.params}, images, subnet.masks(spec, WIDTHS)
     )
     np.testing.assert_allclose(alone, masked, atol=1e-5)
+
+
+def live_images(batches):
+    return np.concatenate([b["image"][b["weight"] > 0] for b in batches])
+
+
+def head_features(spec, params, widths, images):
+    """What the head reads, from logits: of a head that is the identity."""
+    eye = {"kernel": np.eye(spec.width, dtype=np.float32)}
+    eye["bias"] = np.zeros(spec.width, np.float32)
+    spec, params = spec.replace(num_classes=spec.width), {**params, "head": eye}
+    masks = widths and subnet.masks(spec, widths)
+    return np.asarray(ViT(spec).apply({"params": params}, images, masks), np.float64)
+
+
+def probabilities(features, head):
+    kernel, bias = (np.asarray(head[name], np.float64) for name in ("kernel", "bias"))
+    logits = features @ kernel + bias
+    logits = np.exp(logits - logits.max(-1, keepdims=True))
+    return logits / logits.sum(-1, keepdims=True)
+
+
+def candidates_by_hand(spec, network, batches):
+    """All that recalibration tries, one after the other, as the docs derive it."""
+    repairs, found = network.compensation, {}
+    for name in ("stored", "round 1", "round 2"):
+        if found:  # statistics of the network that the round before left
+            last = [*found.values()][-1]
+            own = statistics_of(spec, last, batches, "gradient", WIDTHS)
+            stored = network.compensation
+            repairs = recalibration.own_compensation(own, spec, stored, WIDTHS)
+        found[name] = compensation.repaired(network.params, spec, repairs, WIDTHS)
+    images, head = live_images(batches), network.params["head"]
+    full = head_features(spec, network.params, None, images)
+    for name, params in list(found.items()):
+        cut = head_features(spec, params, WIDTHS, images)
+        to_full = recalibration.correction(cut, full, head["kernel"])
+        found[f"{name}, head"] = recalibration.with_head(params, {"head": to_full})
+    return found
+
+
+def test_what_is_tried_is_measured_on_the_images_held_out_and_the_least_is_given(
+    spec, network
+):
+    batches, held_out = batches_of(spec, 4, 5), batches_of(spec, 2, 6)
+    done = recalibrating.recalibrated(network, WIDTHS, batches, held_out)
+    found = candidates_by_hand(spec, network, batches)
+    images = live_images(held_out)
+    full = head_features(spec, network.params, None, images)
+    p = probabilities(full, network.params["head"])
+    kl = {}
+    for name, params in found.items():
+        features = head_features(spec, params, WIDTHS, images)
+        q = probabilities(features, params["head"])
+        kl[name] = (p * np.log(p / q)).sum(-1).mean()
+    assert [*done.kl] == [*kl]
+    for name, value in kl.items():
+        assert done.kl[name] == pytest.approx(value, rel=1e-3), name
+    # No two are so near that one could pass for another.
+    assert min(np.diff(sorted(kl.values()))) > 2e-3 * max(kl.values())
+    assert done.chosen == min(kl, key=kl.get)
+    for mine, plain in zip(
+        jax.tree.leaves(done.params), jax.tree.leaves(found[done.chosen]), strict=True
+    ):
+        np.testing.assert_allclose(mine, plain, rtol=1e-3, atol=1e-4)
+
+
+class Counted(list):
+    """Batches that know how often they were read."""
+
+    reads = 0
+
+    def __iter__(self):
+        self.reads += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_images_are_read_once_a_round_once_for_the_heads_and_once_to_choose(
+    spec, network, rounds
+):
+    batches = Counted(batches_of(spec, 2, 5))
+    held_out = Counted(batches_of(spec, 1, 6))
+    done = recalibrating.recalibrated(network, WIDTHS, batches, held_out, rounds=rounds)
+    assert batches.reads == rounds + 1 and held_out.reads == 1
+    assert len(done.kl) == 2 * (rounds + 1)
 
 
 def test_a_network_without_compensation_is_told_how_to_get_one(spec, network):

@@ -466,6 +466,24 @@ def test_one_step_is_adamw_with_clipping_and_a_warm_average():
     assert int(state.step) == 1
 
 
+def test_every_step_draws_by_a_key_of_its_own():
+    optimizer, rng = train.make_optimizer(0.1), jax.random.key(5)
+    state, draws = train.initial_state(linear_params(), optimizer, rng), []
+
+    def loss(params, batch, rng, state):
+        return params["bias"].sum(), {"draw": jax.random.uniform(rng)}
+
+    for _ in range(4):
+        state, metrics = train.train_step(
+            state, {}, loss=loss, optimizer=optimizer, ema_decay=0.9
+        )
+        draws.append(float(metrics["draw"]))
+    # Of the key of the run and the step alone, so that a resumed run draws the same.
+    keys = [jax.random.fold_in(rng, step) for step in range(4)]
+    assert draws == [float(jax.random.uniform(key)) for key in keys]
+    assert len(set(draws)) == 4
+
+
 def test_a_loss_is_not_handed_what_optimizer_and_average_keep():
     optimizer, seen = train.make_optimizer(0.1), []
     state = train.initial_state(linear_params(), optimizer, jax.random.key(0), extra=7)

@@ -57,8 +57,8 @@ def recalibrated(
     Args:
       network: with a compensation.
       widths: of the size wanted.
-      batches: images to fit to, read `rounds` times and again for the features.
-      held_out: other images, to choose by.
+      batches: images to fit to, read `rounds` times and once more for the features.
+      held_out: other images, to choose by, read once.
       cost: of the statistics; the default needs no labels.
       tokens, ridge: as of the network's own moments.
       rounds: 0 corrects the head alone.
@@ -100,14 +100,8 @@ def recalibrated(
         )
         found[f"round {number}"] = repaired(network.params, spec, repairs, traced)
     if spec.num_classes:
-        for name, params in list(found.items()):
-            found[f"{name}, head"] = _head_corrected(
-                model, network.params, params, masks, batches
-            )
-    kl = {
-        name: _divergence(model, network.params, params, masks, held_out)
-        for name, params in found.items()
-    }
+        found |= _heads_corrected(model, network.params, found, masks, batches)
+    kl = _divergences(model, network.params, found, masks, held_out)
     chosen = min(kl, key=kl.get)
     told = ", ".join(f"{name} {value:.4f}" for name, value in kl.items())
     _LOG.info("recalibration, KL on images held out: %s; chosen: %s", told, chosen)
@@ -169,48 +163,67 @@ def _head_features(model: ViT, params: Params, images: Array, masks: Any):
     return found
 
 
-def _features(model: ViT, params: Params, masks: Any, batches: Batches):
-    """What each head reads of every image that is no padding."""
-    found: dict[str, list] = {}
+def _features(
+    model: ViT, networks: list[tuple[Params, Any]], batches: Batches
+) -> list[dict[str, np.ndarray]]:
+    """What each head of each network reads of every image that is no padding.
+
+    All networks see a batch before the next is read: an image is decoded once.
+    """
+    found: list[dict[str, list]] = [{} for _ in networks]
     for batch in batches:
         live = np.asarray(batch["weight"]) > 0
-        seen = _head_features(model, params, batch["image"], masks)
-        for name, feature in seen.items():
-            found.setdefault(name, []).append(np.asarray(feature)[live])
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+        for kept, (params, masks) in zip(found, networks):
+            seen = _head_features(model, params, batch["image"], masks)
+            for name, feature in seen.items():
+                kept.setdefault(name, []).append(np.asarray(feature)[live])
+    return [
+        {name: np.concatenate(parts) for name, parts in kept.items()} for kept in found
+    ]
 
 
-def _head_corrected(
-    model: ViT, full: Params, params: Params, masks: Any, batches: Batches
-) -> Params:
-    cut, whole = (
-        _features(model, *network, batches)
-        for network in ((params, masks), (full, None))
-    )
-    return recalibration.with_head(
-        params,
-        {
-            name: recalibration.correction(cut[name], whole[name], full[name]["kernel"])
-            for name in cut
-        },
-    )
+def _heads_corrected(
+    model: ViT, full: Params, found: dict[str, Params], masks: Any, batches: Batches
+) -> dict[str, Params]:
+    """The cut networks that were found, the head of each led back to the full one's."""
+    networks = [(full, None), *((params, masks) for params in found.values())]
+    whole, *all_cut = _features(model, networks, batches)
+    return {
+        f"{name}, head": recalibration.with_head(
+            params,
+            {
+                head: recalibration.correction(
+                    cut[head], whole[head], full[head]["kernel"]
+                )
+                for head in cut
+            },
+        )
+        for (name, params), cut in zip(found.items(), all_cut, strict=True)
+    }
 
 
-def _divergence(
-    model: ViT, full: Params, params: Params, masks: Any, batches: Batches
-) -> float:
-    total = images = 0.0
+def _divergences(
+    model: ViT, full: Params, found: dict[str, Params], masks: Any, batches: Batches
+) -> dict[str, float]:
+    """Mean KL divergence of each cut network from the full one, each image read once."""
+    totals, images = dict.fromkeys(found, 0.0), 0.0
     for batch in batches:
-        total += float(_kl_sum(model, full, params, masks, batch))
+        log_full = _log_full(model, full, batch["image"])
+        for name, params in found.items():
+            totals[name] += float(_kl_sum(model, log_full, params, masks, batch))
         images += float(np.asarray(batch["weight"]).sum())
     if not images:
         raise ValueError("no images to choose by: hold some out.")
-    return total / images
+    return {name: total / images for name, total in totals.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _kl_sum(model, full, params, masks, batch):
-    log_full = jax.nn.log_softmax(model.apply({"params": full}, batch["image"]))
+def _log_full(model, full, images):
+    return jax.nn.log_softmax(model.apply({"params": full}, images))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _kl_sum(model, log_full, params, masks, batch):
     logits = model.apply({"params": params}, batch["image"], masks)
     kl = (jnp.exp(log_full) * (log_full - jax.nn.log_softmax(logits))).sum(-1)
     return (kl * batch["weight"]).sum()
