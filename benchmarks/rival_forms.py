@@ -121,8 +121,10 @@ class Corp:
     """CORP: a network for every cut, as its correction of q and k is not nested.
 
     Left open by the paper and chosen here: queries and keys by the product of their
-    energies, lambda of the q/k correction 1e-3 of the mean product of eigenvalues. Keys
-    are centred over the tokens of an image, which softmax does not see.
+    energies, lambda of the q/k correction 1e-3 of the mean product of eigenvalues. The
+    floor of the ridge of hidden units is relative, 1e-3 of their mean variance, where the
+    text has an absolute lambda. Keys are centred over the tokens of an image, which
+    softmax does not see.
     """
 
     def __init__(self, network: SuperNet, stats, batches):
@@ -133,8 +135,7 @@ class Corp:
             mean, covariance = _hidden_moment(stats, i)
             energy = covariance.diagonal() + np.square(mean)
             order = np.argsort(-active * energy, kind="stable")
-            level = max(1e-3, _oas(covariance, tokens)) * covariance.diagonal().mean()
-            ridge = level / covariance.diagonal().mean()
+            ridge = max(1e-3, _oas(covariance, tokens))
             mean, covariance = moments.permuted((mean, covariance), order)
             factor = moments.factor_of(covariance, ridge, f"block_{i}/mlp")
             repairs.append(

@@ -8,6 +8,8 @@ one contracted, which has the same logits) and see as many images as a variant o
 ablation; UVC once a budget. --ablation is the --work of benchmarks/ablation.py, whose
 start, contraction and PIAD runs are read, or made if missing. What lies there is not
 repeated: runs as directories, scores and times as JSON. MACs are of what is extracted.
+--start is a network to start from instead, for all; not with --ablation, which trains
+from a given network by another recipe and for fewer images than a system sees here.
 """
 
 import argparse
@@ -18,8 +20,7 @@ import statistics
 from typing import Any
 
 import ablation
-import jax
-import numpy as np
+import rival_times
 
 from flax_skd.io import checkpoint
 from flax_skd.io.extras import require
@@ -27,15 +28,7 @@ from flax_skd.method import macs, piad, subnet
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
 from flax_skd.rivals import scala, table
-from flax_skd.run import (
-    config_files,
-    configured_loss,
-    evaluate,
-    sweeping,
-    timing,
-    train,
-    training,
-)
+from flax_skd.run import config_files, evaluate, sweeping, training
 
 # System -> config, what it starts from, and its runs: name -> changes of the config.
 RIVAL = "configs/rivals/{}.py:reduced"
@@ -55,6 +48,7 @@ SYSTEMS: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {
 TWELFTHS = (4, 6, 8, 12)
 BETWEEN = 7 / 12  # of the MACs, where no system trains
 MOST_LEVELS = 24  # of a list, on its curve
+DIRECTORIES = ("data", "work", "ablation", "out")  # flags that no number depends on
 Point = dict[str, float]
 
 
@@ -191,77 +185,6 @@ def _between(system: str, networks: list[pathlib.Path]):
     raise ValueError(f"{system} has nothing below {BETWEEN:.2f} of the MACs.")
 
 
-def relative_times(bench: Systems, systems: list[str], rounds: int) -> dict[str, float]:
-    """Seconds a step over those of a dense one, mean over the stages of a run."""
-    steps, parts = {}, {}
-    for system in systems:
-        changes = next(iter(SYSTEMS[system][2].values()))
-        config = bench.config(system, changes)
-        every = training.program_of(config, table.PROGRAMS).every_epochs
-        staged = system not in ("piad", "in_place")
-        count = max(1, round(config.epochs / every)) if staged else 1
-        if system in ("scala", "uvc"):  # a first stage, and the rest of the run
-            count = 1 + (every < config.epochs)
-        lengths = [every] * (count - 1) + [config.epochs - every * (count - 1)]
-        parts[system] = [length / config.epochs for length in lengths]
-        for stage in range(count):
-            steps[f"{system} {stage}"] = _step(config, stage)
-    steps["dense"] = _dense(bench.config(systems[0], {}))
-    found = timing.paired(steps, against="dense", rounds=rounds)
-    return {
-        system: sum(
-            part * found[f"{system} {stage}"].ratio for stage, part in enumerate(shares)
-        )
-        for system, shares in parts.items()
-    }
-
-
-def _step(config, stage: int):
-    """One compiled step of a program in a stage, as a function without arguments."""
-    program = training.program_of(config, table.PROGRAMS)
-    extra, loss = program.extra, program.loss
-    if hasattr(extra, "stage"):
-        extra = extra._replace(stage=np.int32(stage))
-    if program.before_step:
-        extra, loss = program.before_step(1, extra)
-    return _compiled(config, program.params, program.model.spec, loss, extra, program)
-
-
-def _dense(config):
-    found = checkpoint.load_supernet(config.model.path)
-    with config.unlocked():
-        config.drop_path = 0.0
-    loss = configured_loss.ordinary(config, ViT(found.spec))
-    return _compiled(config, found.params, found.spec, loss, None, None)
-
-
-def _compiled(config, params, spec, loss, extra, program):
-    optimizer = train.make_optimizer(config.lr, clip_norm=config.clip_norm)
-    frozen = program and program.frozen
-    state = train.initial_state(
-        params, optimizer, jax.random.key(0), extra=extra, frozen=frozen
-    )
-    rng, size = np.random.default_rng(0), config.data.batch_size
-    shape = (size, spec.image_size, spec.image_size, spec.in_channels)
-    batch = {
-        "image": rng.integers(0, 256, shape, np.uint8),
-        "label": rng.integers(0, spec.num_classes, size, np.int32),
-    }
-
-    def step(state, batch):
-        return train.train_step(
-            state,
-            batch,
-            loss=loss,
-            optimizer=optimizer,
-            ema_decay=config.ema_decay,
-            after_update=program and program.after_update,
-        )
-
-    compiled = jax.jit(step)
-    return lambda: compiled(state, batch)
-
-
 def at_share(points: list[Point], share: float) -> Point | None:
     """The largest size within a share of the MACs; 1e-3 for rounding of budgets."""
     fits = [p for p in points if p["share"] <= share + 1e-3]
@@ -320,13 +243,21 @@ def _pair(text: str) -> tuple[str, Any]:
     return name, json.loads(value)
 
 
+def _times(bench: Systems, systems: list[str], rounds: int) -> dict[str, float]:
+    runs = {system: next(iter(SYSTEMS[system][2].values())) for system in systems}
+    configs = {
+        system: bench.config(system, changes) for system, changes in runs.items()
+    }
+    return rival_times.relative(configs, rounds)
+
+
 def main() -> None:
     """Trains what is missing, prints the table after every system, writes it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", required=True, help="npz of CIFAR-10 as JPEGs")
     parser.add_argument("--work", required=True, help="directory for the runs")
     parser.add_argument("--ablation", default="", help="--work of ablation.py, if any")
-    parser.add_argument("--start", default="", help="a network to start from instead")
+    parser.add_argument("--start", default="", help="a network, its directory")
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--test-images", type=int, default=0, help="0 for all")
@@ -339,6 +270,12 @@ def main() -> None:
     args.set = dict(map(_pair, args.set))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     systems = args.systems.split(",")
+    if args.start and args.ablation:
+        parser.error(
+            f"--start={args.start} with --ablation={args.ablation}: from a given network "
+            "the ablation trains PIAD by another recipe, for fewer images than the other "
+            "systems see: leave out one of the two."
+        )
     if unknown := set(systems) - set(SYSTEMS):
         parser.error(f"--systems {sorted(unknown)}: choose of {', '.join(SYSTEMS)}")
     benches = [Systems(args, int(seed)) for seed in args.seeds.split(",")]
@@ -346,13 +283,14 @@ def main() -> None:
     for system in systems:
         found[system] = [bench.scored(system) for bench in benches]
         print(markdown(found, {}), flush=True)
-    times = relative_times(benches[0], systems, args.rounds) if args.rounds else {}
+    times = _times(benches[0], systems, args.rounds) if args.rounds else {}
     text = markdown(found, times)
     print(text)
     if args.out:
         out = pathlib.Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        rows = {"systems": found, "time_over_dense": times, "seeds": args.seeds}
+        flags = {k: v for k, v in vars(args).items() if k not in DIRECTORIES}
+        rows = {"systems": found, "time_over_dense": times, "flags": flags}
         (out / "rivals.json").write_text(json.dumps(rows, indent=1) + "\n")
         (out / "rivals.md").write_text(text + "\n")
         figure(found).savefig(out / "rivals.png", dpi=150)

@@ -6,8 +6,8 @@
 
 Without flags: random weights, random images, nothing to download. `moments` is what
 `configs/balanced.py` collects, `few` the same with hidden units of every k-th image,
-`step` a training step with AdamW, whose memory the passes are held against. Rotations
-and their injection are timed too, from the sums of one batch.
+`step` a training step with AdamW, whose memory the passes are held against where it is
+among the rows. Rotations and their injection are timed too, from the sums of one batch.
 """
 
 import argparse
@@ -69,10 +69,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(compiled, carry, params, images, pilot):
     """All batches through a step, to the end."""
     for batch in images:
-        result = compiled(carry, params, batch, pilot)
+        # One at a time, as `statistics.collect` does: else several hold their memory.
+        result = jax.block_until_ready(compiled(carry, params, batch, pilot))
         # A plain pass carries nothing: its gradients are used up before the next.
         carry = result if carry else carry
-    return jax.block_until_ready(result)
+    return result
 
 
 def planned_bytes(compiled) -> int:
@@ -164,10 +165,11 @@ def summary(times, memory, args: argparse.Namespace) -> dict:
             "time_over_plain": [stats.median(ratios), min(ratios), max(ratios)],
             "peak_above_idle": [{k: p[k] - idle[k] for k in p} for p in memory[name]],
         }
-    against = rows.get("step", rows["plain"])["peak_above_idle"][-1]
-    for row in rows.values():
-        last = row["peak_above_idle"][-1]
-        row["peak_over_step"] = {k: last[k] / against[k] for k in last}
+    if "step" in rows:  # nothing else stands in for it
+        against = rows["step"]["peak_above_idle"][-1]
+        for row in rows.values():
+            last = row["peak_above_idle"][-1]
+            row["peak_over_step"] = {k: last[k] / against[k] for k in last}
     return {
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
@@ -188,6 +190,9 @@ def markdown(found: dict) -> str:
     def mb(*counts):
         return ", ".join("-" if c is None else f"{c / 1e6:,.0f}" for c in counts)
 
+    def over(ratios):
+        return ", ".join(f"{k} {v:.2f}" for k, v in ratios.items()) if ratios else "-"
+
     lines = [TABLE_HEAD, "|---" * 8 + "|"]
     for name, row in found["rows"].items():
         short, long = row["peak_above_idle"]
@@ -199,7 +204,7 @@ def markdown(found: dict) -> str:
             mb(row["planned_bytes"]),
             mb(short["rss"], long["rss"]),
             mb(short.get("device"), long.get("device")),
-            ", ".join(f"{k} {v:.2f}" for k, v in row["peak_over_step"].items()),
+            over(row.get("peak_over_step")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     flags, size = found["flags"], found["flags"]["batch_size"]

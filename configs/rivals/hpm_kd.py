@@ -9,6 +9,9 @@ SUPERNET is a directory of contract or train; its levels give the sizes of the s
 DIR/network-8_12 the student of 8/12 of the MACs. Temperature from 3; a stage is kept if it
 gains at least 1 %. The paper's logs have it no better than plain distillation on CIFAR-100:
 62.27 against 62.46 % at 2.3 times smaller, 56.86 against 59.08 % at 7 times.
+
+Of the paper are the temperature and the least gain; the rest is the recipe of
+`configs/piad.py`, as for every system.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +20,7 @@ from flax_skd.run import config_files
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The full recipe, or `reduced`; see `configs/rivals/base.py`."""
+    """Its chain in our recipe, or `reduced`; see `configs/rivals/base.py`."""
     config = config_files.load(f"configs/rivals/base.py:{variant}")
     with config.unlocked():
         config.program = "hpm_kd"

@@ -10,6 +10,9 @@ to be fine-tuned. Components 1, 2, 4, 8 and 12 in stages, only the new ones trai
 epochs each. The paper's DeiT-B scores 76.6, 79.4, 81.7, 83.1, 83.7 % with so many; with
 12, Chebyshev polynomials 77.7, Taylor 74.8, Fourier 77.1, Legendre 73.1 %. TLEG:
 --config.rival.basis=linear --config.rival.components=2.
+
+The paper's are the polynomials, the components and the epochs of the stages; the rest is
+the recipe of `configs/piad.py`, as for every system.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +21,7 @@ from flax_skd.run import config_files
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The paper's recipe, or `reduced`; see `configs/rivals/base.py`."""
+    """The paper's stages in our recipe, or `reduced`; see `configs/rivals/base.py`."""
     config = config_files.load(f"configs/rivals/base.py:{variant}")
     with config.unlocked():
         config.program = "ldr"
@@ -26,7 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
         # Components after each stage; stages are equally long.
         config.rival.components = "1,2,4,8,12" if not variant else "1,2,4"
         config.rival.depths = "4,6,8,10" if not variant else "1,2,3"  # beside the full
-        config.rival.teacher = ""  # directory; empty for the start itself
+        config.rival.teacher = ""  # a directory; empty: the start itself teaches
         if not variant:
             config.epochs = 500.0
     return config

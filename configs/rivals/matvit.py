@@ -7,7 +7,8 @@
 START is a directory of a full network; DIR/network is a super-network of four levels.
 Attention is never cut, so that the smallest of a ViT-S/16 keeps half of the MACs. The
 paper's networks are its own, trained on other data: no number of it can be held against
-this recipe, which is DeiT's.
+this recipe, which is that of `configs/piad.py`, as for every system. The prefixes are the
+paper's.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +17,7 @@ from flax_skd.run import config_files
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The full recipe, or `reduced`; see `configs/rivals/base.py`."""
+    """Its prefixes in our recipe, or `reduced`; see `configs/rivals/base.py`."""
     config = config_files.load(f"configs/rivals/base.py:{variant}")
     with config.unlocked():
         config.program = "matvit"

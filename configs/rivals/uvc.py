@@ -10,6 +10,10 @@ full network (cut to, not trained on) and the structure found: extract the budge
 2.65 G MACs at 79.44 % and 2.32 G at 78.82 %, DeiT-Ti to about half at 0.3 % less with
 distillation and 0.9 % without. Its count could not be reproduced: here it is of what is
 extracted. It states no rates for our scales: these are ours.
+
+The paper's are the epochs of both stages and a gate step every 50; the rest is the recipe
+of `configs/piad.py`, as for every system, in one run. The commands its authors publish
+search at 1e-4 with 512 images a step, and train what was found in a second run.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +22,7 @@ from flax_skd.run import config_files
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The paper's recipe, or `reduced`; see `configs/rivals/base.py`."""
+    """The paper's stages in our recipe, or `reduced`; see `configs/rivals/base.py`."""
     config = config_files.load(f"configs/rivals/base.py:{variant}")
     slow = 1 / 160 if not variant else 1.0  # 37,500 steps of search against 234
     with config.unlocked():
