@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+from pictures import encoded, write_tar
 
 from flax_skd.io import checkpoint, data, sources
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import (
     compensation,
     contraction,
+    costs,
+    importance,
     latency,
     macs,
     packing,
@@ -270,3 +273,80 @@ def test_options_that_do_not_exist_are_refused_before_the_pass(files, change, me
     with pytest.raises(ValueError, match=message):
         contracting.contract(config, workdir=str(files / "bad"), overwrite=False)
     assert not (files / "bad").exists()
+
+
+# Images without labels.
+
+OTHER = np.array([7, -1, 99], np.int32)  # no classes of five
+
+
+@pytest.fixture(scope="module")
+def tar(tmp_path_factory):
+    """Eight images, more than the five classes, in three folders."""
+    names = [f"{'abc'[i % 3]}/{i:04d}.png" for i in range(8)]
+    members = {n: encoded(20 * i, size=(16, 16)) for i, n in enumerate(names)}
+    return write_tar(tmp_path_factory.mktemp("tar") / "images.tar", members)
+
+
+def test_the_costs_that_read_no_label_are_those_that_labels_do_not_change():
+    rng = np.random.default_rng(0)
+    logits, current = rng.normal(size=(2, 3, 5)).astype(np.float32)
+    right = np.array([0, 1, 2], np.int32)
+    free = {
+        name
+        for name, cost in costs.COSTS.items()
+        if np.array_equal(cost(logits, right), cost(logits, OTHER))
+    }
+    assert free == set(contracting.LABEL_FREE_COSTS)
+    right = logits.argmax(-1).astype(np.int32)
+    free = {
+        name
+        for name, read in importance.SENSITIVITIES.items()
+        if np.array_equal(read(logits, current, right), read(logits, current, OTHER))
+    }
+    assert free == set(contracting.LABEL_FREE_SENSITIVITIES)
+
+
+@pytest.mark.parametrize(
+    ("cost", "kind", "sensitivity", "reads"),
+    [
+        ("logit", "uniform", "kl", True),
+        ("cross_entropy", "loss", "kl", True),
+        ("top_logit", "uniform", "cross_entropy", False),
+        ("self_kl", "loss", "cross_entropy", False),
+        ("top_logit", "importance", "cross_entropy", True),
+        ("top_logit", "importance", "accuracy", True),
+        ("top_logit", "importance", "kl", False),
+        ("feature", "importance", "feature", False),
+    ],
+)
+def test_labels_are_read_by_the_cost_and_by_importance(
+    files, cost, kind, sensitivity, reads
+):
+    changes = {"list__kind": kind, "list__sensitivity": sensitivity}
+    config = config_of(files, cost=cost, **changes)
+    assert contracting.reads_labels(config) == reads
+
+
+@pytest.mark.parametrize("kind", ["importance", "loss"])
+@pytest.mark.parametrize("labels", ["", "sorted"])
+def test_a_tar_without_labels_calibrates_what_reads_none(files, tar, kind, labels):
+    config = config_of(files, cost="top_logit", list__kind=kind, units="measured")
+    config.data.source, config.data.labels, config.data.images = tar, labels, 8
+    config.data.batch_size, config.list.images, config.list.sensitivity = 8, 4, "kl"
+    config.list.share, config.list.stages, config.list.attn = 0.3, 1, 2
+    folder = str(files / f"free_{kind}")
+    contracting.contract(config, workdir=folder, overwrite=True)
+    network = checkpoint.load_supernet(folder)
+    assert network.provenance["calibration_images"] == 8
+    assert int(network.dropout_list.levels) >= 1
+
+
+def test_what_reads_labels_is_refused_without_them_as_ever(files, tar):
+    config = config_of(files, cost="logit")
+    config.data.source, config.data.images = tar, 8
+    with pytest.raises(ValueError, match="3 class folders .* the network 5 classes"):
+        contracting.contract(config, workdir=str(files / "no"), overwrite=True)
+    config.data.labels = "sorted"
+    with pytest.raises(ValueError, match="is 5; allowed are 0 to 4"):
+        contracting.contract(config, workdir=str(files / "no"), overwrite=True)

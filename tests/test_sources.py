@@ -5,13 +5,14 @@ import pickle
 
 import numpy as np
 import pytest
-from pictures import contents, encoded, numbered_arrays
+from pictures import contents, encoded, numbered_arrays, write_tar
 
 from flax_skd.io.sources import (
     ArraySource,
     BadImageError,
     fingerprint,
     open_source,
+    open_unlabelled,
     take,
 )
 
@@ -92,6 +93,22 @@ def test_a_label_out_of_range_is_shown_with_what_is_allowed(arrays, wrong):
     labels = [0, 1, wrong, 0, 0, 0, 0]
     with pytest.raises(ValueError, match=f"image 2 is {wrong}; allowed are 0 to 2"):
         ArraySource(arrays[0], labels, num_classes=3)
+
+
+# Without labels.
+
+
+def test_an_unlabelled_source_has_the_images_of_the_other_and_no_classes(tmp_path):
+    members = {f"{'abc'[i % 3]}/{i:04d}.png": encoded(20 * i) for i in range(8)}
+    tar = write_tar(tmp_path / "images.tar", members)
+    free = open_unlabelled(tar)
+    assert free.name == tar and free.num_classes is None
+    images = sorted((i, name) for i, _, name in contents(open_source(tar)))
+    assert contents(free) == [(i, 0, name) for i, name in images]
+    bare = write_tar(tmp_path / "bare.tar", {"1.png": encoded(1), "2.png": encoded(2)})
+    assert contents(open_unlabelled(bare)) == [(1, 0, "1.png"), (2, 0, "2.png")]
+    with pytest.raises(ValueError, match="there is no .*nowhere"):
+        open_unlabelled("tar:nowhere.tar")
 
 
 # A choice of images.

@@ -30,6 +30,7 @@ __all__ = [
     "Source",
     "fingerprint",
     "open_source",
+    "open_unlabelled",
     "take",
 ]
 
@@ -83,6 +84,21 @@ def open_source(
     raise ValueError(f"no source {description!r}; the forms are\n{_FORMS}")
 
 
+def open_unlabelled(description: str) -> Source:
+    """As `open_source`, for what reads no label: every label is 0, whatever is there.
+
+    A tar needs no labels then, and class folders may be any number.
+
+    Args:
+      description: as of `open_source`.
+
+    Raises:
+      ValueError: as of `open_source`, but for what concerns labels.
+    """
+    labels = "sorted" if description.startswith("tar:") else None  # looks for none
+    return _Unlabelled(open_source(description, labels=labels))
+
+
 def take(source: Source, n: int, *, seed: int = 0) -> Source:
     """`n` distinct images of a source, chosen by `seed`, in a fixed random order.
 
@@ -115,6 +131,19 @@ def fingerprint(source: Source, *, examples: int = 8) -> str:
             told = error.example.encode()
         crc = zlib.crc32(told, crc)
     return f"{len(source)} images, {crc:08x}"
+
+
+class _Unlabelled:
+    num_classes = None
+
+    def __init__(self, source: Source):
+        self.name, self._source = source.name, source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._source[index]._replace(label=0)
 
 
 class _Selection:

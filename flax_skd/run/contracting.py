@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_skd.io import checkpoint, directory
+from flax_skd.io import checkpoint, data, directory, sources
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import (
     allocation,
@@ -23,6 +23,10 @@ from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
 from flax_skd.run import commands, feed, lists, sharding, time_budget
 from flax_skd.run.recipes import Recipe, contracted
+
+# Of `costs.COSTS` and `importance.SENSITIVITIES`.
+LABEL_FREE_COSTS = ("top_logit", "self_kl", "feature")
+LABEL_FREE_SENSITIVITIES = ("kl", "feature")
 
 
 def recipes_of(config: Any) -> dict[str, Recipe]:
@@ -63,7 +67,7 @@ def contract(config: Any, *, workdir: str, overwrite: bool) -> str:
             older=checkpoint.OLDER_SUPERNET_FILES,
         )
     network = commands.load_network(config.model)
-    batches = feed.batches_of(config.data, network.spec, seed=config.seed)
+    batches = _batches(config.data, network.spec, config)
     stats = commands.calibrate(
         network,
         batches,
@@ -150,19 +154,42 @@ def _list_cost(options: Any) -> Callable[..., float]:
     return counted[options.cost]
 
 
+def reads_labels(config: Any) -> bool:
+    """Whether the cost or the list does; the divergences of the others do not."""
+    if config.cost not in LABEL_FREE_COSTS:
+        return True
+    measured = config.list.kind == "importance"
+    return measured and config.list.sensitivity not in LABEL_FREE_SENSITIVITIES
+
+
+def _batches(section: Any, spec: ViTSpec, config: Any) -> data.EvalBatches:
+    """Calibration batches; images without labels serve where nothing reads any."""
+    if not section.source or reads_labels(config):
+        return feed.batches_of(section, spec, seed=config.seed)
+    source = sources.open_unlabelled(section.source)
+    if section.images:
+        source = sources.take(source, section.images, seed=config.seed)
+    return data.eval_batches(
+        source,
+        spec,
+        batch_size=section.batch_size,
+        on_bad_image=section.on_bad_image,
+    )
+
+
 def _few(config: Any, spec: ViTSpec) -> feed.OnMesh:
     """The calibration images that are measured again and again."""
     section, count = _small_batches(config)
     with section.unlocked():
         section.images = count
-    batches = feed.batches_of(section, spec, seed=config.seed)
+    batches = _batches(section, spec, config)
     return feed.OnMesh(batches, sharding.mesh())
 
 
 def _other_few(config: Any, spec: ViTSpec) -> feed.InTurn:
     """So many of the calibration images, others every time."""
     section, count = _small_batches(config)
-    batches = feed.batches_of(section, spec, seed=config.seed)
+    batches = _batches(section, spec, config)
     count = min(count, batches.num_examples)
     return feed.InTurn(batches, sharding.mesh(), images=count, seed=config.seed)
 
