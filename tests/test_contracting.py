@@ -1,5 +1,7 @@
 """Recipes of contraction: the same function, repaired cuts, and lists measured on it."""
 
+import pathlib
+
 import numpy as np
 import pytest
 from pictures import encoded, write_tar
@@ -265,14 +267,34 @@ def test_means_alone_and_half_precision_are_stored_as_asked(files):
         ({"list.share": 1.0}, "list.share = 1.0"),
         ({"list.kind": "loss", "list.cost": "joules"}, "macs, params, latency"),
         ({"list.kind": "loss", "list.cost": "latency"}, "needs list.profile=DIR"),
+        ({"list.kind": "loss", "list.attn": 0}, "list.attn = 0 must be at least 1"),
+        ({"list.kind": "loss", "list.mlp": -1}, "list.mlp = -1 must be at least 1"),
+        ({"list.kind": "importance", "list.sensitivity": "foo"}, "'foo': choose one"),
+        ({"list.kind": "importance", "list.share": 0.999}, "share = 0.999 cannot be r"),
+        ({"list.kind": "loss", "list.share": 0.999}, "saves 0.9.* of its cost"),
+        ({"cost": "foo"}, "cost 'foo': choose one of"),
+        ({"seed": -1}, "seed = -1 must be 0 to"),
     ],
 )
-def test_options_that_do_not_exist_are_refused_before_the_pass(files, change, message):
+def test_options_that_do_not_exist_are_refused_before_the_pass(
+    files, monkeypatch, change, message
+):
+    monkeypatch.setattr(statistics, "_add_batch", None)
     config = config_of(files)
     config.update_from_flattened_dict(change)
     with pytest.raises(ValueError, match=message):
         contracting.contract(config, workdir=str(files / "bad"), overwrite=False)
     assert not (files / "bad").exists()
+
+
+def test_a_place_where_nothing_can_be_written_is_named_before_the_pass(
+    files, monkeypatch
+):
+    if not pathlib.Path("/proc/self").exists():
+        pytest.skip("no file system here that refuses all")
+    monkeypatch.setattr(commands, "load_network", None)
+    with pytest.raises(ValueError, match="/proc/foo cannot be made: nothing can be"):
+        contracting.contract(config_of(files), workdir="/proc/foo", overwrite=False)
 
 
 # Images without labels.

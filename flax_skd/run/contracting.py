@@ -1,5 +1,7 @@
 """The contract command: from statistics to super-networks, one a criterion."""
 
+import pathlib
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -56,17 +58,12 @@ def contract(config: Any, *, workdir: str, overwrite: bool) -> str:
     targets = {
         n: workdir if i == 0 else f"{workdir}-{n}" for i, n in enumerate(recipes)
     }
-    _check_list(config.list)
-    commands.dtype_named(config.compensation_dtype)
+    # Whatever would end it after the long pass is refused before.
+    _check_options(config)
     for target in targets.values():
-        # Before the long pass, not after it.
-        directory.check_target(
-            directory.local(target),
-            checkpoint.SUPERNET_FILES,
-            overwrite,
-            older=checkpoint.OLDER_SUPERNET_FILES,
-        )
+        _check_target(directory.local(target), overwrite)
     network = commands.load_network(config.model)
+    _check_reach(config, network.spec)
     batches = _batches(config.data, network.spec, config)
     stats = commands.calibrate(
         network,
@@ -122,18 +119,65 @@ def _size(network: SuperNet) -> str:
 LISTS = ("uniform", "importance", "loss")
 
 
-def _check_list(options: Any) -> None:
+def _check_options(config: Any) -> None:
+    """What can be told without the network."""
+    commands.dtype_named(config.compensation_dtype)
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed = {config.seed} must be 0 to {2**32 - 1}.")
+    options = config.list
     if options.kind not in LISTS:
         raise ValueError(f"list.kind {options.kind!r}: choose one of {LISTS}.")
     if options.kind == "loss":
         _list_cost(options)
-    for name in ("images", "levels", "stages"):
+    known = importance.SENSITIVITIES
+    if options.kind == "importance" and options.sensitivity not in known:
+        raise ValueError(
+            f"list.sensitivity {options.sensitivity!r}: choose one of "
+            f"{', '.join(known)}."
+        )
+    for name in ("images", "levels", "stages", "attn", "mlp"):
         if options[name] < 1:
             raise ValueError(f"list.{name} = {options[name]} must be at least 1.")
     if not 0 < options.cuts <= 1:
         raise ValueError(f"list.cuts = {options.cuts} must be above 0 and at most 1.")
     if not 0 < options.share < 1:
         raise ValueError(f"list.share = {options.share} must be in (0, 1).")
+
+
+def _check_target(target: pathlib.Path, overwrite: bool) -> None:
+    """Raises ValueError unless a super-network can be written there."""
+    older = checkpoint.OLDER_SUPERNET_FILES
+    directory.check_target(target, checkpoint.SUPERNET_FILES, overwrite, older=older)
+    parent = next(p for p in target.parents if p.exists())
+    try:
+        # Permissions do not tell: some file systems, as /proc, take no file of anyone.
+        with tempfile.TemporaryDirectory(dir=parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{target} cannot be made: nothing can be written in {parent} "
+            f"({error.strerror}); name a place where you may write."
+        ) from error
+
+
+def _check_reach(config: Any, spec: ViTSpec) -> None:
+    """Raises ValueError for a list that this network cannot have."""
+    costs.cost_named(config.cost, spec.num_classes)
+    options = config.list
+    if options.kind == "uniform":
+        return
+    cost = macs.macs
+    if options.kind == "importance":
+        importance.sensitivity_named(options.sensitivity, spec.num_classes)
+    else:
+        cost = _list_cost(options)
+    nothing = SubnetSpec.uniform(spec, 0, 0, 0)
+    most = 1 - cost(spec, nothing) / cost(spec, SubnetSpec.full(spec))
+    if options.share > most:
+        raise ValueError(
+            f"list.share = {options.share} cannot be reached: without any branch the "
+            f"network saves {most:.3f} of its cost. Ask for less."
+        )
 
 
 def _list_cost(options: Any) -> Callable[..., float]:
