@@ -94,6 +94,21 @@ def test_the_function_is_kept_and_the_size_is_told(balanced, files, params, batc
     assert "compensation" not in said.splitlines()[1]
 
 
+def test_the_images_that_are_told_are_no_padding(files, tmp_path):
+    plain = {"criterion": "wpac", "units": "", "compensation": "none"}
+    few = {"data__images": 5, "data__batch_size": 16}
+    _, said = contracted(files, "padded", **plain, **few)
+    assert "5 calibration images" in said and " on 5 of them" in said
+    rng = np.random.default_rng(0)
+    pictures = [encoded(int(v), size=(16, 16)) for v in rng.integers(0, 256, 8)]
+    members = {f"{i}.png": b"words" if i < 5 else p for i, p in enumerate(pictures)}
+    tar = write_tar(tmp_path / "bad.tar", members)
+    changes = {"data__images": 0, "data__batch_size": 4, "cost": "top_logit"}
+    changes |= {"data__source": tar, "data__on_bad_image": "skip"}
+    _, said = contracted(files, "skipped", **plain, **changes)
+    assert "3 calibration images" in said and " on 3 of them" in said
+
+
 def test_a_repaired_cut_is_the_same_masked_and_extracted_and_nearer_the_full(
     balanced, params, batch
 ):

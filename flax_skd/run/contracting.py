@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_skd.io import checkpoint, data, directory, sources
 from flax_skd.io.checkpoint import SuperNet
@@ -77,7 +78,7 @@ def contract(config: Any, *, workdir: str, overwrite: bool) -> str:
         hidden_every=config.hidden_every,
     )
     # The promise of a contraction, checked where it is made; float32 whatever dtype.
-    images = next(iter(batches))["image"]
+    images = _first_images(batches)
     logits = jax.jit(lambda p: ViT(network.spec).apply({"params": p}, images))
     before = logits(network.params)
     measuring = _few(config, network.spec)
@@ -221,9 +222,15 @@ def _batches(section: Any, spec: ViTSpec, config: Any) -> data.EvalBatches:
     )
 
 
+def _first_images(batches: data.EvalBatches) -> np.ndarray:
+    """Those of the first batch that has any, without padding or what was skipped."""
+    first = next(b for b in batches if b["weight"].any())
+    return first["image"][first["weight"] > 0]
+
+
 def _few(config: Any, spec: ViTSpec) -> feed.OnMesh:
     """The calibration images that are measured again and again."""
-    section, count = _small_batches(config)
+    section, count = _small_batches(config, spec)
     with section.unlocked():
         section.images = count
     batches = _batches(section, spec, config)
@@ -232,17 +239,17 @@ def _few(config: Any, spec: ViTSpec) -> feed.OnMesh:
 
 def _other_few(config: Any, spec: ViTSpec) -> feed.InTurn:
     """So many of the calibration images, others every time."""
-    section, count = _small_batches(config)
+    section, count = _small_batches(config, spec)
     batches = _batches(section, spec, config)
-    count = min(count, batches.num_examples)
     return feed.InTurn(batches, sharding.mesh(), images=count, seed=config.seed)
 
 
-def _small_batches(config: Any) -> tuple[Any, int]:
+def _small_batches(config: Any, spec: ViTSpec) -> tuple[Any, int]:
     """The data section in batches for few images, and how many these are."""
-    section, most = config.data.copy_and_resolve_references(), config.list.images
+    section = config.data.copy_and_resolve_references()
+    there = section.images or _batches(section, spec, config).num_examples
+    count = min(config.list.images, there)
     with section.unlocked():
-        count = min(most, section.images or most)
         # No more padding than the devices ask for: every image counts many times.
         each = -(-count // section.batch_size) * jax.device_count()
         section.batch_size = -(-count // each) * jax.device_count()
