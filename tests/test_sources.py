@@ -44,6 +44,12 @@ def test_labels_belong_to_tars_only():
         open_source("digits", labels="sorted")
 
 
+def test_a_forgotten_prefix_is_told_before_labels_are(tmp_path):
+    for text in ("images.tar", str(tmp_path / "images.tar")):
+        with pytest.raises(ValueError, match="(?s)no source '.*images.tar'.* tar:PATH"):
+            open_source(text, labels="sorted")
+
+
 # Digits.
 
 
@@ -132,6 +138,11 @@ def test_take_of_all_takes_each_once(arrays):
 def test_take_of_more_than_there_are_says_how_many_there_are(arrays, n):
     with pytest.raises(ValueError, match=f"asked for {n} images of arrays, .* has 7"):
         take(ArraySource(*arrays), n)
+
+
+def test_a_negative_seed_is_named(arrays):
+    with pytest.raises(ValueError, match="seed = -1 must be at least 0"):
+        take(ArraySource(*arrays), 2, seed=-1)
 
 
 # Folders.

@@ -34,6 +34,7 @@ __all__ = [
     "take",
 ]
 
+_KINDS = ("digits", "folder", "tar", "npz", "tfds")
 _FORMS = """\
   digits, digits:train, digits:test   the 8x8 digits that come with scikit-learn
   folder:PATH                         PATH/class/name.jpg
@@ -59,7 +60,7 @@ def open_source(
         it and says what would.
     """
     kind, _, rest = description.partition(":")
-    if labels is not None and kind != "tar":
+    if labels is not None and kind != "tar" and kind in _KINDS:
         raise ValueError(
             f"labels = {labels!r} goes with tar:PATH; {description!r} has its own."
         )
@@ -105,8 +106,11 @@ def take(source: Source, n: int, *, seed: int = 0) -> Source:
     For the same seed a smaller choice is the beginning of a larger one.
 
     Raises:
-      ValueError: if there are fewer than `n`; the message says how many.
+      ValueError: if there are fewer than `n`, the message says how many; or the seed
+        is negative.
     """
+    if seed < 0:
+        raise ValueError(f"seed = {seed} must be at least 0.")
     if not 1 <= n <= len(source):
         raise ValueError(
             f"asked for {n} images of {source.name}, which has {len(source)}: "
