@@ -131,6 +131,7 @@ def eval_batches(
     Args:
       source: of images; see `flax_skd.io.sources.open_source`.
       spec: says size, channels, crop and interpolation.
+      batch_size: images of a batch.
       on_bad_image: `error`, or `skip`: an image that does not decode, or does not
         serve (16 bits a channel), gets weight 0.
       indices: positions in the source, integers, in the order wanted; all if None.

@@ -55,9 +55,14 @@ def open_source(
         path of a JSON file {file name: class}.
       num_classes: if given, labels must lie below it, and class folders be as many.
 
+    Returns:
+      A `Source`: `source[i]` is an `Example` of image, label and name, and `len` says
+      how many there are. Images are read as they are asked for.
+
     Raises:
       ValueError: if there is no such source or it does not serve; the message names
         it and says what would.
+      ImportError: if the package is not installed that reads such a source.
     """
     kind, _, rest = description.partition(":")
     if labels is not None and kind != "tar" and kind in _KINDS:
