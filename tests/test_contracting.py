@@ -1,13 +1,18 @@
 """Recipes of contraction: the same function, repaired cuts, and lists measured on it."""
 
+import pathlib
+
 import numpy as np
 import pytest
+from pictures import encoded, write_tar
 
 from flax_skd.io import checkpoint, data, sources
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import (
     compensation,
     contraction,
+    costs,
+    importance,
     latency,
     macs,
     packing,
@@ -87,6 +92,21 @@ def test_the_function_is_kept_and_the_size_is_told(balanced, files, params, batc
     size = packing.size(network.compensation) / 1e6
     assert f"{size:.1f} MB of compensation" in said
     assert "compensation" not in said.splitlines()[1]
+
+
+def test_the_images_that_are_told_are_no_padding(files, tmp_path):
+    plain = {"criterion": "wpac", "units": "", "compensation": "none"}
+    few = {"data__images": 5, "data__batch_size": 16}
+    _, said = contracted(files, "padded", **plain, **few)
+    assert "5 calibration images" in said and " on 5 of them" in said
+    rng = np.random.default_rng(0)
+    pictures = [encoded(int(v), size=(16, 16)) for v in rng.integers(0, 256, 8)]
+    members = {f"{i}.png": b"words" if i < 5 else p for i, p in enumerate(pictures)}
+    tar = write_tar(tmp_path / "bad.tar", members)
+    changes = {"data__images": 0, "data__batch_size": 4, "cost": "top_logit"}
+    changes |= {"data__source": tar, "data__on_bad_image": "skip"}
+    _, said = contracted(files, "skipped", **plain, **changes)
+    assert "3 calibration images" in said and " on 3 of them" in said
 
 
 def test_a_repaired_cut_is_the_same_masked_and_extracted_and_nearer_the_full(
@@ -262,11 +282,108 @@ def test_means_alone_and_half_precision_are_stored_as_asked(files):
         ({"list.share": 1.0}, "list.share = 1.0"),
         ({"list.kind": "loss", "list.cost": "joules"}, "macs, params, latency"),
         ({"list.kind": "loss", "list.cost": "latency"}, "needs list.profile=DIR"),
+        ({"list.kind": "loss", "list.attn": 0}, "list.attn = 0 must be at least 1"),
+        ({"list.kind": "loss", "list.mlp": -1}, "list.mlp = -1 must be at least 1"),
+        ({"list.kind": "importance", "list.sensitivity": "foo"}, "'foo': choose one"),
+        ({"list.kind": "importance", "list.share": 0.999}, "share = 0.999 cannot be r"),
+        ({"list.kind": "loss", "list.share": 0.999}, "saves 0.9.* of its cost"),
+        ({"cost": "foo"}, "cost 'foo': choose one of"),
+        ({"seed": -1}, "seed = -1 must be 0 to"),
     ],
 )
-def test_options_that_do_not_exist_are_refused_before_the_pass(files, change, message):
+def test_options_that_do_not_exist_are_refused_before_the_pass(
+    files, monkeypatch, change, message
+):
+    monkeypatch.setattr(statistics, "_add_batch", None)
     config = config_of(files)
     config.update_from_flattened_dict(change)
     with pytest.raises(ValueError, match=message):
         contracting.contract(config, workdir=str(files / "bad"), overwrite=False)
     assert not (files / "bad").exists()
+
+
+def test_a_place_where_nothing_can_be_written_is_named_before_the_pass(
+    files, monkeypatch
+):
+    if not pathlib.Path("/proc/self").exists():
+        pytest.skip("no file system here that refuses all")
+    monkeypatch.setattr(commands, "load_network", None)
+    with pytest.raises(ValueError, match="/proc/foo cannot be made: nothing can be"):
+        contracting.contract(config_of(files), workdir="/proc/foo", overwrite=False)
+
+
+# Images without labels.
+
+OTHER = np.array([7, -1, 99], np.int32)  # no classes of five
+
+
+@pytest.fixture(scope="module")
+def tar(tmp_path_factory):
+    """Eight images, more than the five classes, in three folders."""
+    names = [f"{'abc'[i % 3]}/{i:04d}.png" for i in range(8)]
+    members = {n: encoded(20 * i, size=(16, 16)) for i, n in enumerate(names)}
+    return write_tar(tmp_path_factory.mktemp("tar") / "images.tar", members)
+
+
+def test_the_costs_that_read_no_label_are_those_that_labels_do_not_change():
+    rng = np.random.default_rng(0)
+    logits, current = rng.normal(size=(2, 3, 5)).astype(np.float32)
+    right = np.array([0, 1, 2], np.int32)
+    free = {
+        name
+        for name, cost in costs.COSTS.items()
+        if np.array_equal(cost(logits, right), cost(logits, OTHER))
+    }
+    assert free == set(contracting.LABEL_FREE_COSTS)
+    right = logits.argmax(-1).astype(np.int32)
+    free = {
+        name
+        for name, read in importance.SENSITIVITIES.items()
+        if np.array_equal(read(logits, current, right), read(logits, current, OTHER))
+    }
+    assert free == set(contracting.LABEL_FREE_SENSITIVITIES)
+
+
+@pytest.mark.parametrize(
+    ("cost", "kind", "sensitivity", "reads"),
+    [
+        ("logit", "uniform", "kl", True),
+        ("cross_entropy", "loss", "kl", True),
+        ("top_logit", "uniform", "cross_entropy", False),
+        ("self_kl", "loss", "cross_entropy", False),
+        ("top_logit", "importance", "cross_entropy", True),
+        ("top_logit", "importance", "accuracy", True),
+        ("top_logit", "importance", "kl", False),
+        ("feature", "importance", "feature", False),
+    ],
+)
+def test_labels_are_read_by_the_cost_and_by_importance(
+    files, cost, kind, sensitivity, reads
+):
+    changes = {"list__kind": kind, "list__sensitivity": sensitivity}
+    config = config_of(files, cost=cost, **changes)
+    assert contracting.reads_labels(config) == reads
+
+
+@pytest.mark.parametrize("kind", ["importance", "loss"])
+@pytest.mark.parametrize("labels", ["", "sorted"])
+def test_a_tar_without_labels_calibrates_what_reads_none(files, tar, kind, labels):
+    config = config_of(files, cost="top_logit", list__kind=kind, units="measured")
+    config.data.source, config.data.labels, config.data.images = tar, labels, 8
+    config.data.batch_size, config.list.images, config.list.sensitivity = 8, 4, "kl"
+    config.list.share, config.list.stages, config.list.attn = 0.3, 1, 2
+    folder = str(files / f"free_{kind}")
+    contracting.contract(config, workdir=folder, overwrite=True)
+    network = checkpoint.load_supernet(folder)
+    assert network.provenance["calibration_images"] == 8
+    assert int(network.dropout_list.levels) >= 1
+
+
+def test_what_reads_labels_is_refused_without_them_as_ever(files, tar):
+    config = config_of(files, cost="logit")
+    config.data.source, config.data.images = tar, 8
+    with pytest.raises(ValueError, match="3 class folders .* the network 5 classes"):
+        contracting.contract(config, workdir=str(files / "no"), overwrite=True)
+    config.data.labels = "sorted"
+    with pytest.raises(ValueError, match="is 5; allowed are 0 to 4"):
+        contracting.contract(config, workdir=str(files / "no"), overwrite=True)

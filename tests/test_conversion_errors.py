@@ -131,6 +131,23 @@ def test_a_hugging_face_network_that_runs_differently_is_refused(tmp_path, param
         conversion.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"mean": 0.5}, "mean = 0.5 needs one number for each of the 3 channels"),
+        ({"std": (0.0, 1, 1)}, "must be positive"),
+        ({"norm_eps": -1.0}, "norm_eps = -1.0 .*must be positive"),
+    ],
+)
+def test_a_field_that_cannot_be_is_named_with_the_file(
+    weights, timm_tensors, fields, words
+):
+    save_file(timm_tensors, weights)
+    given_fields = {"num_heads": PLAIN.num_heads} | fields
+    with pytest.raises(ConversionError, match=f"weights.safetensors: .*{words}"):
+        conversion.read(weights, recipe="augreg", fields=given_fields)
+
+
 def test_two_names_of_one_parameter_are_surplus(weights, timm_tensors):
     twice = {f"blocks.0.{n}": np.ones(8, np.float32) for n in ("ls1.gamma", "gamma_1")}
     save_file(timm_tensors | twice, weights)

@@ -86,6 +86,22 @@ def test_indices_that_are_no_positions_are_refused(indices):
         data.eval_batches(numbered(10), SPEC, batch_size=2, indices=indices)
 
 
+@pytest.mark.parametrize(
+    ("indices", "found"),
+    [
+        (np.arange(10) > 6, r"bool \[10\]"),
+        ([True, False], r"bool \[2\]"),
+        ([1.7], r"float64 \[1\]"),
+        (["1"], r"<U1 \[1\]"),
+        ([[1, 2]], r"int64 \[1, 2\]"),
+        (3, r"int64 \[\]"),
+    ],
+)
+def test_a_mask_or_a_fraction_is_no_position(indices, found):
+    with pytest.raises(ValueError, match=f"{found}, not integers.*np.flatnonzero"):
+        data.eval_batches(numbered(10), SPEC, batch_size=2, indices=indices)
+
+
 def test_a_bad_image_stops_evaluation_unless_skipped_by_weight(caplog):
     with pytest.raises(BadImageError, match=r"files: 2.png does not decode"):
         list(data.eval_batches(with_bad_files(), SPEC, batch_size=4))

@@ -5,13 +5,14 @@ import pickle
 
 import numpy as np
 import pytest
-from pictures import contents, encoded, numbered_arrays
+from pictures import contents, encoded, numbered_arrays, write_tar
 
 from flax_skd.io.sources import (
     ArraySource,
     BadImageError,
     fingerprint,
     open_source,
+    open_unlabelled,
     take,
 )
 
@@ -41,6 +42,12 @@ def test_a_path_that_is_missing_is_named(kind, tmp_path):
 def test_labels_belong_to_tars_only():
     with pytest.raises(ValueError, match=r"'sorted' goes with tar:PATH"):
         open_source("digits", labels="sorted")
+
+
+def test_a_forgotten_prefix_is_told_before_labels_are(tmp_path):
+    for text in ("images.tar", str(tmp_path / "images.tar")):
+        with pytest.raises(ValueError, match="(?s)no source '.*images.tar'.* tar:PATH"):
+            open_source(text, labels="sorted")
 
 
 # Digits.
@@ -94,6 +101,22 @@ def test_a_label_out_of_range_is_shown_with_what_is_allowed(arrays, wrong):
         ArraySource(arrays[0], labels, num_classes=3)
 
 
+# Without labels.
+
+
+def test_an_unlabelled_source_has_the_images_of_the_other_and_no_classes(tmp_path):
+    members = {f"{'abc'[i % 3]}/{i:04d}.png": encoded(20 * i) for i in range(8)}
+    tar = write_tar(tmp_path / "images.tar", members)
+    free = open_unlabelled(tar)
+    assert free.name == tar and free.num_classes is None
+    images = sorted((i, name) for i, _, name in contents(open_source(tar)))
+    assert contents(free) == [(i, 0, name) for i, name in images]
+    bare = write_tar(tmp_path / "bare.tar", {"1.png": encoded(1), "2.png": encoded(2)})
+    assert contents(open_unlabelled(bare)) == [(1, 0, "1.png"), (2, 0, "2.png")]
+    with pytest.raises(ValueError, match="there is no .*nowhere"):
+        open_unlabelled("tar:nowhere.tar")
+
+
 # A choice of images.
 
 
@@ -115,6 +138,11 @@ def test_take_of_all_takes_each_once(arrays):
 def test_take_of_more_than_there_are_says_how_many_there_are(arrays, n):
     with pytest.raises(ValueError, match=f"asked for {n} images of arrays, .* has 7"):
         take(ArraySource(*arrays), n)
+
+
+def test_a_negative_seed_is_named(arrays):
+    with pytest.raises(ValueError, match="seed = -1 must be at least 0"):
+        take(ArraySource(*arrays), 2, seed=-1)
 
 
 # Folders.

@@ -18,7 +18,18 @@ from flax_skd.method.spec import SubnetSpec, ViTSpec
         ({"num_classes": -1}, "num_classes = -1 must be at least 0"),
         ({"gelu": "relu"}, r"gelu = 'relu': choose one of \('exact', 'tanh'\)"),
         ({"mean": (0.5,)}, "one number for each of the 3 channels"),
+        ({"mean": 0.5}, "mean = 0.5 needs one number for each of the 3 channels"),
+        ({"mean": ("a", 0.5, 0.5)}, "mean = 'a' must be a finite number"),
+        ({"mean": "abc"}, "mean = 'a' must be a finite number"),
+        ({"std": (0.5, 0.5, float("nan"))}, "std = nan must be a finite number"),
+        ({"std": (0.5, 0.5, float("inf"))}, "std = inf must be a finite number"),
+        ({"std": (0.5, 0.5, 0.0)}, r"std = \(0.5, 0.5, 0.0\) .* must be positive"),
+        ({"norm_eps": -1}, "norm_eps = -1.0 must be positive"),
+        ({"norm_eps": "1e-6"}, "norm_eps = '1e-6' must be a finite number"),
+        ({"norm_eps": 10**400}, "must be a finite number"),
+        ({"in_channels": 0}, "in_channels = 0 must be at least 1"),
         ({"crop_fraction": 1.5}, "crop_fraction = 1.5 in"),
+        ({"crop_fraction": float("nan")}, "crop_fraction = nan must be a finite"),
         ({"class_token": False}, "pool = 'token' needs class_token"),
         ({"distilled": True, "pool": "avg"}, "pool = 'token'"),
         ({"width": 24.0}, "width = 24.0 must be a whole number"),
@@ -32,6 +43,14 @@ from flax_skd.method.spec import SubnetSpec, ViTSpec
 def test_an_impossible_spec_says_what_and_why(spec, changes, match):
     with pytest.raises(ValueError, match=match):
         spec.replace(**changes)
+
+
+def test_numbers_of_any_kind_are_kept_as_floats(spec):
+    made = spec.replace(
+        mean=np.full(3, 0.5, np.float32), std=[1, 1, 1], norm_eps=np.float32(1)
+    )
+    assert (made.mean, made.std, made.norm_eps) == ((0.5,) * 3, (1.0,) * 3, 1.0)
+    assert {type(x) for x in (*made.mean, *made.std, made.norm_eps)} == {float}
 
 
 def test_a_spec_survives_json(spec):

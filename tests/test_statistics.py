@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import shake
 
+from flax_skd.io import sources
 from flax_skd.method import costs, statistics
 from flax_skd.method.vit import ViT
 
@@ -212,3 +213,15 @@ def test_the_pass_is_traced_once_for_all_batches(spec, params, batch):
 
     collect(spec, params, batch, 3, cost=cost)
     assert len(traces) == 1
+
+
+def test_what_is_no_function_and_what_are_no_batches_is_told(spec, params, batch):
+    model = ViT(spec)
+    for name, known in (("self_kl", "self_kl"), ("kl", "logit")):
+        words = rf"cost = '{name}': .* costs.cost_named\('{known}', num_classes\)"
+        with pytest.raises(ValueError, match=words):
+            statistics.collect(model, params, [batch], cost=name)
+    source = sources.ArraySource(batch["image"], batch["label"])
+    for wrong, kind in ((source, "Example"), (batch, "str"), (batch["image"], "ndarr")):
+        with pytest.raises(ValueError, match=rf"hold a {kind}.*eval_batches\(source"):
+            statistics.collect(model, params, wrong)

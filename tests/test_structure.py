@@ -4,6 +4,7 @@ import ast
 import graphlib
 import importlib
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -145,6 +146,15 @@ def public_definitions(node, prefix=""):
 def test_every_module_stands_on_a_floor():
     unplaced = sorted(set(MODULES) - set(FLOORS))
     assert MODULES and not unplaced, f"place them in FLOORS: {unplaced}"
+
+
+def test_the_table_of_modules_says_of_each_its_floor_and_its_first_sentence():
+    page = (ROOT.parent / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"(?m)^\| (\d) \| `([\w/]+)` \| (.+) \|$", page)
+    told = {m.replace("/", "."): (int(floor), words) for floor, m, words in rows}
+    docs = {name: ast.get_docstring(tree) for name, tree in TREES.items()}
+    assert told == {n: (FLOORS[n], d.splitlines()[0]) for n, d in docs.items()}
+    assert len(rows) == len(told)
 
 
 @pytest.mark.parametrize("name", MODULES)

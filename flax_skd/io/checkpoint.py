@@ -77,7 +77,8 @@ def save_supernet(
 
     Raises:
       ValueError: if the directory holds anything and `overwrite` is not given, or
-        anything but a super-network; if params or levels do not match the spec.
+        anything but a super-network; if params or levels do not match the spec,
+        the provenance is not plain JSON, or the place is read-only.
     """
     spec = supernet.spec
     params = _flat(supernet.params)
@@ -186,7 +187,8 @@ def save_subnet(
 
     Raises:
       ValueError: if the directory holds anything and `overwrite` is not given, or
-        anything but a sub-network; if params do not match the spec and widths.
+        anything but a sub-network; if params do not match the spec and widths,
+        the provenance is not plain JSON, or the place is read-only.
     """
     spec, widths = network.spec, SubnetSpec(*network.widths).check(network.spec)
     params = _flat(network.params)

@@ -70,7 +70,8 @@ def read(
         `model_ema` or `state_dict_ema`.
 
     Returns:
-      The params as float32, whatever the file's float type, and where they came from.
+      A `Source`: the params as float32, whatever the file's float type, their spec,
+      and where they came from.
 
     Raises:
       ConversionError: if the file is damaged, not such a ViT, has missing, surplus or

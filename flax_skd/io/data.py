@@ -131,9 +131,10 @@ def eval_batches(
     Args:
       source: of images; see `flax_skd.io.sources.open_source`.
       spec: says size, channels, crop and interpolation.
+      batch_size: images of a batch.
       on_bad_image: `error`, or `skip`: an image that does not decode, or does not
         serve (16 bits a channel), gets weight 0.
-      indices: positions in the source, in the order wanted; all of them if None.
+      indices: positions in the source, integers, in the order wanted; all if None.
 
     Returns:
       An iterable, which may be iterated again, of `image` uint8 [B, S, S, C], `label`
@@ -141,18 +142,30 @@ def eval_batches(
       weight 0. It has a length in batches, `num_examples` and `num_skipped`.
 
     Raises:
-      ValueError: if an option is not possible; and, while iterating, if an image does
-        not decode.
+      ValueError: if an option is not possible, or indices are a mask or no positions;
+        and, while iterating, if an image does not decode.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size} must be at least 1.")
-    indices = range(len(source)) if indices is None else indices
-    if not len(indices) or not 0 <= min(indices) <= max(indices) < len(source):
+    indices = np.arange(len(source)) if indices is None else indices
+    indices = _positions(indices, source)
+    return EvalBatches(source, spec, batch_size, indices, BadImages(on_bad_image))
+
+
+def _positions(indices: Sequence[int], source: Source) -> np.ndarray:
+    """Indices as integers [n]; a mask would read the images 0 and 1 over and over."""
+    found = np.asarray(indices)
+    if found.size and (found.dtype.kind not in "iu" or found.ndim != 1):
+        raise ValueError(
+            f"indices are {found.dtype} {list(found.shape)}, not integers [n]: give "
+            "positions, of a mask np.flatnonzero(mask)."
+        )
+    if not found.size or not 0 <= found.min() <= found.max() < len(source):
         raise ValueError(
             f"indices must be positions in {source.name}, at least one of 0 to "
             f"{len(source) - 1}."
         )
-    return EvalBatches(source, spec, batch_size, indices, BadImages(on_bad_image))
+    return found
 
 
 @dataclasses.dataclass

@@ -30,9 +30,11 @@ __all__ = [
     "Source",
     "fingerprint",
     "open_source",
+    "open_unlabelled",
     "take",
 ]
 
+_KINDS = ("digits", "folder", "tar", "npz", "tfds")
 _FORMS = """\
   digits, digits:train, digits:test   the 8x8 digits that come with scikit-learn
   folder:PATH                         PATH/class/name.jpg
@@ -53,12 +55,17 @@ def open_source(
         path of a JSON file {file name: class}.
       num_classes: if given, labels must lie below it, and class folders be as many.
 
+    Returns:
+      A `Source`: `source[i]` is an `Example` of image, label and name, and `len` says
+      how many there are. Images are read as they are asked for.
+
     Raises:
       ValueError: if there is no such source or it does not serve; the message names
         it and says what would.
+      ImportError: if the package is not installed that reads such a source.
     """
     kind, _, rest = description.partition(":")
-    if labels is not None and kind != "tar":
+    if labels is not None and kind != "tar" and kind in _KINDS:
         raise ValueError(
             f"labels = {labels!r} goes with tar:PATH; {description!r} has its own."
         )
@@ -83,14 +90,32 @@ def open_source(
     raise ValueError(f"no source {description!r}; the forms are\n{_FORMS}")
 
 
+def open_unlabelled(description: str) -> Source:
+    """As `open_source`, for what reads no label: every label is 0, whatever is there.
+
+    A tar needs no labels then, and class folders may be any number.
+
+    Args:
+      description: as of `open_source`.
+
+    Raises:
+      ValueError: as of `open_source`, but for what concerns labels.
+    """
+    labels = "sorted" if description.startswith("tar:") else None  # looks for none
+    return _Unlabelled(open_source(description, labels=labels))
+
+
 def take(source: Source, n: int, *, seed: int = 0) -> Source:
     """`n` distinct images of a source, chosen by `seed`, in a fixed random order.
 
     For the same seed a smaller choice is the beginning of a larger one.
 
     Raises:
-      ValueError: if there are fewer than `n`; the message says how many.
+      ValueError: if there are fewer than `n`, the message says how many; or the seed
+        is negative.
     """
+    if seed < 0:
+        raise ValueError(f"seed = {seed} must be at least 0.")
     if not 1 <= n <= len(source):
         raise ValueError(
             f"asked for {n} images of {source.name}, which has {len(source)}: "
@@ -115,6 +140,19 @@ def fingerprint(source: Source, *, examples: int = 8) -> str:
             told = error.example.encode()
         crc = zlib.crc32(told, crc)
     return f"{len(source)} images, {crc:08x}"
+
+
+class _Unlabelled:
+    num_classes = None
+
+    def __init__(self, source: Source):
+        self.name, self._source = source.name, source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._source[index]._replace(label=0)
 
 
 class _Selection:

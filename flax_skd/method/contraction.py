@@ -69,8 +69,7 @@ def _order(scores: Array) -> Array:
 
 def _permutation(scores: Array) -> Array:
     """Permutation matrices [H, d, d] that sort dims by falling score [H, d]."""
-    order = _order(scores)
-    return jax.nn.one_hot(order, scores.shape[-1], axis=1, dtype=jnp.float32)
+    return jax.nn.one_hot(_order(scores), scores.shape[-1], axis=1, dtype=jnp.float32)
 
 
 def _pca(weighting: str):
@@ -127,8 +126,7 @@ class Criterion(NamedTuple):
     """How to order a block, and what to collect for it.
 
     Attributes:
-      axes: function of (block, statistics, index, rng) -> the first four of
-        `Basis`.
+      axes: function of (block, statistics, index, rng) -> the first four of `Basis`.
       units: the key of `UNIT_ORDERS` it takes unless told otherwise.
       weightings, moments: what `statistics.collect` has to be asked for.
       gradients: whether the axes depend on gradients.
@@ -194,34 +192,21 @@ def bases(
     units: str | tuple[Array, ...] | None = None,
     seed: int = 0,
 ) -> tuple[Basis, ...]:
-    """The change of coordinates of every block under a criterion.
+    """The change of coordinates of every block under a criterion, one `Basis` each.
 
-    Args:
-      params: of the full network the statistics were collected on.
-      spec: its sizes.
-      statistics: of `statistics.collect`, with the criterion's weightings and moments.
-      criterion: a key of `CRITERIA`, or a `Criterion`.
-      units: a key of `UNIT_ORDERS`, or permutations [M], one a block; None for the
-        criterion's own.
-      seed: of the random criterion.
-
-    Raises:
-      ValueError: if a name is unknown, an order is no permutation of a block's units,
-        a moment was not collected, or no gradient reached the network that needs one.
+    Args and errors: as of `contract`, which changes the network by them.
     """
     chosen = criterion_named(criterion) if isinstance(criterion, str) else criterion
     units = _checked_units(chosen.units if units is None else units, spec)
-    if chosen.gradients or (isinstance(units, str) and units.startswith("taylor")):
+    named = isinstance(units, str)
+    if chosen.gradients or (named and units.startswith("taylor")):
         check_gradients(statistics)
     out = []
     for i in range(spec.depth):
         rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), 3)
         args = (params[f"block_{i}"], statistics, i, rng)
-        if isinstance(units, str):
-            order = _order(UNIT_ORDERS[units](*args))
-        else:
-            order = jnp.asarray(units[i], jnp.int32)
-        out.append(Basis(*chosen.axes(*args), order))
+        order = _order(UNIT_ORDERS[units](*args)) if named else units[i]
+        out.append(Basis(*chosen.axes(*args), jnp.asarray(order, jnp.int32)))
     return tuple(out)
 
 
@@ -292,9 +277,23 @@ def contract(
     units: str | tuple[Array, ...] | None = None,
     seed: int = 0,
 ) -> Params:
-    """`inject` of `bases`: a network with the same logits whose prefixes are good.
+    """A network with the same logits whose prefixes are good: `inject` of `bases`.
 
-    Args and errors: as in `bases`.
+    Args:
+      params: of the full network the statistics were collected on.
+      spec: its sizes.
+      statistics: of `statistics.collect`, with the criterion's weightings and moments.
+      criterion: a key of `CRITERIA`, or a `Criterion`.
+      units: a key of `UNIT_ORDERS`, or permutations [M], one a block; None for the
+        criterion's own.
+      seed: of the random criterion.
+
+    Returns:
+      A tree of the shapes and dtypes of `params`.
+
+    Raises:
+      ValueError: if a name is unknown, an order is no permutation of a block's units,
+        a moment was not collected, or no gradient reached the network that needs one.
     """
     options = {"criterion": criterion, "units": units, "seed": seed}
     return inject(params, bases(params, spec, statistics, **options))

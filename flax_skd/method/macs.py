@@ -77,6 +77,12 @@ def macs(
       spec: the full network.
       widths: None for the full network.
       convention: `full` or `paper`.
+
+    Returns:
+      A count of the whole network, ends included, as `macs.readable` prints it.
+
+    Raises:
+      ValueError: if the convention is unknown, or the widths do not fit `spec`.
     """
     cost = costs(spec, convention)
     widths = (
@@ -93,7 +99,18 @@ def macs(
 
 
 def param_count(spec: ViTSpec, widths: SubnetSpec | None = None) -> int:
-    """Number of parameters of a sub-network."""
+    """Number of parameters of a sub-network.
+
+    Args:
+      spec: the full network.
+      widths: None for the full network.
+
+    Returns:
+      A count of numbers, biases and embeddings included.
+
+    Raises:
+      ValueError: if the widths do not fit `spec`; the message names the block.
+    """
     d, h = spec.width, spec.num_heads
     widths = (
         SubnetSpec.full(spec) if widths is None else SubnetSpec(*widths).check(spec)

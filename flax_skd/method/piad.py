@@ -84,6 +84,16 @@ def uniform(spec: ViTSpec, *, steps: int = 32) -> DropoutList:
 
     The MACs of blocks are linear in the widths, so this is also the share of the block
     MACs that is left, up to rounding to whole dims. No branch goes below one dim.
+
+    Args:
+      spec: the full network.
+      steps: how many levels, the full network included.
+
+    Returns:
+      A `DropoutList` of numpy arrays.
+
+    Raises:
+      ValueError: if `steps` is below 1.
     """
     if steps < 1:
         raise ValueError(f"steps = {steps} must be at least 1.")
@@ -170,7 +180,8 @@ def level_for(
       The first level whose cost is at most `limit`.
 
     Raises:
-      ValueError: if no level fits; the message says what the smallest costs.
+      ValueError: if no level fits, the message says what the smallest costs; or the
+        limit is nan, or the list is of another network.
     """
     if math.isnan(limit):
         raise ValueError("a budget of nan: give a number.")

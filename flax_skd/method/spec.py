@@ -1,6 +1,9 @@
 """Sizes of a Vision Transformer and of the sub-networks cut from it."""
 
+import contextlib
 import dataclasses
+import functools
+import math
 import operator
 from typing import Any, NamedTuple
 
@@ -43,17 +46,21 @@ class ViTSpec:
         logits are the mean of both.
       pos_embed_prefix: whether those tokens have position embeddings too.
       pre_logits: width of a tanh layer before the head, 0 for none.
+      qkv_bias: whether queries, keys and values have biases.
+      layer_scale: a learnt factor for every dim of what a branch adds.
       pre_norm: LayerNorm between the embedding and the first block.
       fc_norm: the last LayerNorm acts on the pooled feature, not on the tokens.
+      gelu: `exact` (by erf) or the `tanh` approximation.
       norm_eps: LayerNorm epsilon.
       mean, std: the image normalisation the parameters were trained with, of pixels
         scaled to [0, 1].
       crop_fraction, crop_mode: evaluation resizes the short side (`center`), or both
         sides whatever their ratio (`squash`), to `image_size / crop_fraction` and takes
         the central square.
+      interpolation: of that resizing, `bicubic` or `bilinear`.
 
     Raises:
-      ValueError: if a size is not possible; the message says which and why.
+      ValueError: if a field is not possible; the message says which and why.
     """
 
     image_size: int
@@ -84,45 +91,38 @@ class ViTSpec:
     crop_mode: str = "center"
 
     def __post_init__(self):
+        put = functools.partial(object.__setattr__, self)  # the class is frozen
         for name in _COUNTS:
-            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+            put(name, _whole(name, getattr(self, name)))
         if not self.head_dim:
             if self.num_heads < 1 or self.width % self.num_heads:
                 raise ValueError(
                     f"num_heads = {self.num_heads} does not divide width = "
                     f"{self.width}: choose a divisor, or give head_dim."
                 )
-            object.__setattr__(self, "head_dim", self.width // self.num_heads)
-        for name in ("mean", "std"):  # JSON hands lists back
-            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
+            put("head_dim", self.width // self.num_heads)
         self._check()
+        for name in ("mean", "std"):
+            put(name, _channels(name, getattr(self, name), self.in_channels))
+        for name in ("norm_eps", "crop_fraction"):
+            put(name, _finite(name, getattr(self, name)))
+        if min(*self.std, self.norm_eps) <= 0 or not 0 < self.crop_fraction <= 1:
+            raise ValueError(
+                f"std = {self.std} and norm_eps = {self.norm_eps} must be positive and "
+                f"crop_fraction = {self.crop_fraction} in (0, 1]."
+            )
 
     def _check(self):
         for name, least in _COUNTS.items():
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"{name} = {getattr(self, name)} must be at least {least}."
-                )
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"{name} = {value} must be at least {least}.")
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} = {getattr(self, name)!r}: choose one of {allowed}."
-                )
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} = {value!r}: choose one of {allowed}.")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"patch_size = {self.patch_size} does not divide image_size = "
                 f"{self.image_size}."
-            )
-        for name in ("mean", "std"):
-            if len(getattr(self, name)) != self.in_channels:
-                raise ValueError(
-                    f"{name} = {getattr(self, name)} needs one number for each of "
-                    f"the {self.in_channels} channels."
-                )
-        if min(self.std) <= 0 or not 0 < self.crop_fraction <= 1:
-            raise ValueError(
-                f"std = {self.std} must be positive and crop_fraction = "
-                f"{self.crop_fraction} in (0, 1]."
             )
         if self.pool == "token" and not self.class_token:
             raise ValueError("pool = 'token' needs class_token = True; or use 'avg'.")
@@ -162,12 +162,9 @@ class ViTSpec:
     def from_dict(cls, fields: dict[str, Any]) -> "ViTSpec":
         """The inverse of `to_dict`; unknown or missing fields are errors."""
         known = {f.name: f for f in dataclasses.fields(cls)}
+        needed = {n for n, f in known.items() if f.default is dataclasses.MISSING}
         surplus = sorted(set(fields) - set(known))
-        missing = [
-            name
-            for name, f in known.items()
-            if f.default is dataclasses.MISSING and name not in fields
-        ]
+        missing = sorted(needed - set(fields))
         if surplus or missing:
             raise ValueError(
                 f"not a ViTSpec: unknown fields {surplus}, missing fields {missing}."
@@ -205,16 +202,7 @@ class ViTSpec:
                 f"unknown variant {name!r}: write size/patch, size one of "
                 f"{', '.join(_SIZES)}, for example Ti/16."
             )
-        width, depth, num_heads, mlp_dim = _SIZES[size]
-        return cls(
-            image_size=image_size,
-            patch_size=int(patch),
-            width=width,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_dim=mlp_dim,
-            num_classes=num_classes,
-        )
+        return cls(image_size, int(patch), *_SIZES[size], num_classes)
 
 
 def _whole(name: str, value: Any) -> int:
@@ -223,6 +211,24 @@ def _whole(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError as error:
         raise ValueError(f"{name} = {value!r} must be a whole number.") from error
+
+
+def _finite(name: str, value: Any) -> float:
+    """A float of a finite number; a text of one is none."""
+    with contextlib.suppress(TypeError, OverflowError):
+        if math.isfinite(value):
+            return float(value)
+    raise ValueError(f"{name} = {value!r} must be a finite number.")
+
+
+def _channels(name: str, values: Any, count: int) -> tuple[float, ...]:
+    """One number a channel; JSON hands lists back."""
+    found = tuple(values) if hasattr(values, "__iter__") else ()
+    if len(found) != count:
+        raise ValueError(
+            f"{name} = {values!r} needs one number for each of the {count} channels."
+        )
+    return tuple(_finite(name, value) for value in found)
 
 
 class SubnetSpec(NamedTuple):

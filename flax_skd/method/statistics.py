@@ -196,19 +196,32 @@ def collect(
     Devices that share out a batch keep sums of their own and exchange them at the end.
 
     Args:
-      model, params, cost, weightings, moments, masks: as in `batch_sums`.
-      batches: dicts of arrays, all of one shape; global arrays if there is a mesh.
+      model: the full network.
+      params: its parameters.
+      batches: dicts of `image` [B, S, S, C], `label` [B] and `weight` [B], 0 for
+        padding, all of one shape, such as those of `eval_batches`; global arrays if
+        there is a mesh. Where the cost reads no label, any will do.
+      cost: function (logits, labels) -> [B], such as those of `costs.COSTS`.
+      weightings: which second moments of heads to collect, of `taylor` and `plain`.
+      moments: weightings of `second_moments` to collect, of units and head outputs.
+      masks: of a sub-network (`subnet.masks`), whose sums are then taken: of all units,
+        those that are cut too, on the stream that the cut leaves.
       hidden_every: k >= 1, a divisor of a device's share of a batch. `moments` of hidden
         units, the dearest sums, are then those of every k-th image alone.
 
+    Returns:
+      `Statistics`, as `contract` takes them.
+
     Raises:
-      ValueError: if there is no batch or one lacks an array, a name is unknown, a sum is
-        not finite (the block is named), or `hidden_every` does not divide.
+      ValueError: if there is no batch or one is no dict or lacks an array, a name is
+        unknown, the cost is no function, a sum is not finite (the block is named), or
+        `hidden_every` does not divide.
     """
     _check_names(weightings, moments)
+    _check_cost(cost)
     options, total = (cost, tuple(moments), hidden_every), None
     for batch in batches:
-        batch = arrays_of(batch)
+        batch = arrays_of(_checked_batch(batch))
         if total is None:
             place = partial_sums.place_of(batch["weight"])
             check_every(hidden_every, len(batch["weight"]), partial_sums.count(place))
@@ -243,6 +256,26 @@ def _check_names(weightings: tuple[str, ...], moments: tuple[str, ...]) -> None:
         raise ValueError(
             f"weightings {weightings!r}: a tuple of names, of {', '.join(known)}."
         )
+
+
+def _check_cost(cost: costs.Cost) -> None:
+    named = cost in [*costs.COSTS]
+    if named or not callable(cost):
+        name = cost if named else "logit"
+        raise ValueError(
+            f"cost = {cost!r}: give a function (logits, labels) -> [B], such as "
+            f"costs.cost_named({name!r}, num_classes) of flax_skd.method.costs."
+        )
+
+
+def _checked_batch(batch: Any) -> dict[str, Any]:
+    """What a loop over a source, or over one batch, takes for a batch is refused."""
+    if not hasattr(batch, "keys"):
+        raise ValueError(
+            f"batches hold a {type(batch).__name__}, not dicts of arrays: give a list "
+            "of batches, or of a source eval_batches(source, spec, batch_size=50)."
+        )
+    return batch
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)

@@ -115,8 +115,9 @@ def extract(params: Params, widths: SubnetSpec) -> Params:
       A new tree; a removed branch takes its LayerNorm and LayerScale with it.
 
     Raises:
-      ValueError: if `params` is narrower than asked, or the widths are none: negative,
-        or attention without queries or without values; the message names the block.
+      ValueError: if `params` is narrower than asked, there is not one width a block, or
+        the widths are none: negative, no whole numbers, or attention without queries or
+        without values; the message names the block.
     """
     out = {k: v for k, v in params.items() if not k.startswith("block_")}
     widths = SubnetSpec(*widths).static()

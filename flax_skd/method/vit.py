@@ -213,9 +213,8 @@ class ViT(nn.Module):
         patches = images.reshape(-1, g, p, g, p, spec.in_channels).swapaxes(2, 3)
         patches = patches.reshape(-1, g * g, p, p, spec.in_channels)
         shape = (p, p, spec.in_channels, spec.width)
-        x = Linear("bnpqc,pqcd->bnd", shape, dtype=self.dtype, name="patch_embed")(
-            patches
-        )
+        embed = Linear("bnpqc,pqcd->bnd", shape, dtype=self.dtype, name="patch_embed")
+        x = embed(patches)
         prefix = self._prefix(x.shape[0])
         count = spec.num_tokens if spec.pos_embed_prefix else g * g
         position = self.param("pos_embed", _embed_init, (count, spec.width))
@@ -286,6 +285,9 @@ def init(spec: ViTSpec, rng: Array, *, widths: SubnetSpec | None = None) -> Para
 
     Returns:
       The nested dict that every function of this package takes as `params`.
+
+    Raises:
+      ValueError: if the widths do not fit `spec`; the message names the block.
     """
     images = jnp.zeros((1, spec.image_size, spec.image_size, spec.in_channels))
     if widths is not None:

@@ -1,12 +1,15 @@
 """The contract command: from statistics to super-networks, one a criterion."""
 
+import pathlib
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from flax_skd.io import checkpoint, directory
+from flax_skd.io import checkpoint, data, directory, sources
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import (
     allocation,
@@ -23,6 +26,10 @@ from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
 from flax_skd.run import commands, feed, lists, sharding, time_budget
 from flax_skd.run.recipes import Recipe, contracted
+
+# Of `costs.COSTS` and `importance.SENSITIVITIES`.
+LABEL_FREE_COSTS = ("top_logit", "self_kl", "feature")
+LABEL_FREE_SENSITIVITIES = ("kl", "feature")
 
 
 def recipes_of(config: Any) -> dict[str, Recipe]:
@@ -52,18 +59,13 @@ def contract(config: Any, *, workdir: str, overwrite: bool) -> str:
     targets = {
         n: workdir if i == 0 else f"{workdir}-{n}" for i, n in enumerate(recipes)
     }
-    _check_list(config.list)
-    commands.dtype_named(config.compensation_dtype)
+    # Whatever would end it after the long pass is refused before.
+    _check_options(config)
     for target in targets.values():
-        # Before the long pass, not after it.
-        directory.check_target(
-            directory.local(target),
-            checkpoint.SUPERNET_FILES,
-            overwrite,
-            older=checkpoint.OLDER_SUPERNET_FILES,
-        )
+        _check_target(directory.local(target), overwrite)
     network = commands.load_network(config.model)
-    batches = feed.batches_of(config.data, network.spec, seed=config.seed)
+    _check_reach(config, network.spec)
+    batches = _batches(config.data, network.spec, config)
     stats = commands.calibrate(
         network,
         batches,
@@ -76,7 +78,7 @@ def contract(config: Any, *, workdir: str, overwrite: bool) -> str:
         hidden_every=config.hidden_every,
     )
     # The promise of a contraction, checked where it is made; float32 whatever dtype.
-    images = next(iter(batches))["image"]
+    images = _first_images(batches)
     logits = jax.jit(lambda p: ViT(network.spec).apply({"params": p}, images))
     before = logits(network.params)
     measuring = _few(config, network.spec)
@@ -118,18 +120,65 @@ def _size(network: SuperNet) -> str:
 LISTS = ("uniform", "importance", "loss")
 
 
-def _check_list(options: Any) -> None:
+def _check_options(config: Any) -> None:
+    """What can be told without the network."""
+    commands.dtype_named(config.compensation_dtype)
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed = {config.seed} must be 0 to {2**32 - 1}.")
+    options = config.list
     if options.kind not in LISTS:
         raise ValueError(f"list.kind {options.kind!r}: choose one of {LISTS}.")
     if options.kind == "loss":
         _list_cost(options)
-    for name in ("images", "levels", "stages"):
+    known = importance.SENSITIVITIES
+    if options.kind == "importance" and options.sensitivity not in known:
+        raise ValueError(
+            f"list.sensitivity {options.sensitivity!r}: choose one of "
+            f"{', '.join(known)}."
+        )
+    for name in ("images", "levels", "stages", "attn", "mlp"):
         if options[name] < 1:
             raise ValueError(f"list.{name} = {options[name]} must be at least 1.")
     if not 0 < options.cuts <= 1:
         raise ValueError(f"list.cuts = {options.cuts} must be above 0 and at most 1.")
     if not 0 < options.share < 1:
         raise ValueError(f"list.share = {options.share} must be in (0, 1).")
+
+
+def _check_target(target: pathlib.Path, overwrite: bool) -> None:
+    """Raises ValueError unless a super-network can be written there."""
+    older = checkpoint.OLDER_SUPERNET_FILES
+    directory.check_target(target, checkpoint.SUPERNET_FILES, overwrite, older=older)
+    parent = next(p for p in target.parents if p.exists())
+    try:
+        # Permissions do not tell: some file systems, as /proc, take no file of anyone.
+        with tempfile.TemporaryDirectory(dir=parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{target} cannot be made: nothing can be written in {parent} "
+            f"({error.strerror}); name a place where you may write."
+        ) from error
+
+
+def _check_reach(config: Any, spec: ViTSpec) -> None:
+    """Raises ValueError for a list that this network cannot have."""
+    costs.cost_named(config.cost, spec.num_classes)
+    options = config.list
+    if options.kind == "uniform":
+        return
+    cost = macs.macs
+    if options.kind == "importance":
+        importance.sensitivity_named(options.sensitivity, spec.num_classes)
+    else:
+        cost = _list_cost(options)
+    nothing = SubnetSpec.uniform(spec, 0, 0, 0)
+    most = 1 - cost(spec, nothing) / cost(spec, SubnetSpec.full(spec))
+    if options.share > most:
+        raise ValueError(
+            f"list.share = {options.share} cannot be reached: without any branch the "
+            f"network saves {most:.3f} of its cost. Ask for less."
+        )
 
 
 def _list_cost(options: Any) -> Callable[..., float]:
@@ -150,28 +199,57 @@ def _list_cost(options: Any) -> Callable[..., float]:
     return counted[options.cost]
 
 
+def reads_labels(config: Any) -> bool:
+    """Whether the cost or the list does; the divergences of the others do not."""
+    if config.cost not in LABEL_FREE_COSTS:
+        return True
+    measured = config.list.kind == "importance"
+    return measured and config.list.sensitivity not in LABEL_FREE_SENSITIVITIES
+
+
+def _batches(section: Any, spec: ViTSpec, config: Any) -> data.EvalBatches:
+    """Calibration batches; images without labels serve where nothing reads any."""
+    if not section.source or reads_labels(config):
+        return feed.batches_of(section, spec, seed=config.seed)
+    source = sources.open_unlabelled(section.source)
+    if section.images:
+        source = sources.take(source, section.images, seed=config.seed)
+    return data.eval_batches(
+        source,
+        spec,
+        batch_size=section.batch_size,
+        on_bad_image=section.on_bad_image,
+    )
+
+
+def _first_images(batches: data.EvalBatches) -> np.ndarray:
+    """Those of the first batch that has any, without padding or what was skipped."""
+    first = next(b for b in batches if b["weight"].any())
+    return first["image"][first["weight"] > 0]
+
+
 def _few(config: Any, spec: ViTSpec) -> feed.OnMesh:
     """The calibration images that are measured again and again."""
-    section, count = _small_batches(config)
+    section, count = _small_batches(config, spec)
     with section.unlocked():
         section.images = count
-    batches = feed.batches_of(section, spec, seed=config.seed)
+    batches = _batches(section, spec, config)
     return feed.OnMesh(batches, sharding.mesh())
 
 
 def _other_few(config: Any, spec: ViTSpec) -> feed.InTurn:
     """So many of the calibration images, others every time."""
-    section, count = _small_batches(config)
-    batches = feed.batches_of(section, spec, seed=config.seed)
-    count = min(count, batches.num_examples)
+    section, count = _small_batches(config, spec)
+    batches = _batches(section, spec, config)
     return feed.InTurn(batches, sharding.mesh(), images=count, seed=config.seed)
 
 
-def _small_batches(config: Any) -> tuple[Any, int]:
+def _small_batches(config: Any, spec: ViTSpec) -> tuple[Any, int]:
     """The data section in batches for few images, and how many these are."""
-    section, most = config.data.copy_and_resolve_references(), config.list.images
+    section = config.data.copy_and_resolve_references()
+    there = section.images or _batches(section, spec, config).num_examples
+    count = min(config.list.images, there)
     with section.unlocked():
-        count = min(most, section.images or most)
         # No more padding than the devices ask for: every image counts many times.
         each = -(-count // section.batch_size) * jax.device_count()
         section.batch_size = -(-count // each) * jax.device_count()

@@ -34,6 +34,7 @@ START = "balanced"
 EIGHTHS = tuple(i / 8 for i in range(1, 9))
 PARTS = ("train", "contracted", "piad", "subnet", "finetune", "supernet")
 FILES = ("sweep.json", "sweep.csv", "sweep.png", "list.png")
+MARKER = "flax_skd_demo.txt"  # written first, so that a demo that stopped has it too
 
 
 def run(
@@ -48,7 +49,7 @@ def run(
 
     Args:
       folder: where everything is left; new unless `overwrite`.
-      overwrite: delete the demo that is there.
+      overwrite: delete the demo that is there; what else is there is left.
       fast: train a third as long.
       seed: of all three trainings.
       start: key of `RECIPES`, whose network PIAD trains.
@@ -57,7 +58,8 @@ def run(
       The table and where things lie.
 
     Raises:
-      ValueError: if the folder holds something and `overwrite` is not given.
+      ValueError: if the folder holds something and `overwrite` is not given, or
+        something and no demo.
       RuntimeError: if the reloaded sub-network is not the super-network's level.
     """
     path = _fresh(folder, overwrite)
@@ -190,18 +192,35 @@ def _half_size(supernet: SuperNet, target: pathlib.Path, images: np.ndarray):
 
 
 def _fresh(folder: str, overwrite: bool) -> pathlib.Path:
+    """The folder, marked as a demo's and without what an earlier demo left there.
+
+    `train` or `supernet` may be somebody's own: they go only where a demo made them.
+    """
     path = pathlib.Path(folder)
-    there = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
-    if (there and not overwrite) or (path.exists() and not path.is_dir()):
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: name a folder by --out=DIR.")
+    there = {p.name for p in path.iterdir()} if path.is_dir() else set()
+    # An earlier version's demo has no marker; whole, it has all of these.
+    if there and MARKER not in there and not {*PARTS, *FILES} <= there:
+        raise ValueError(
+            f"{path} is not empty and holds no {MARKER}, which every demo leaves: "
+            "--overwrite replaces a demo and nothing else. Name a new folder by "
+            "--out=DIR."
+        )
+    if there and not overwrite:
         raise ValueError(
             f"{path} is not empty: pass --overwrite to replace it, or --out=DIR."
         )
-    for name in (*PARTS, *FILES):  # what a demo leaves, and nothing else
+    path.mkdir(parents=True, exist_ok=True)
+    written = ", ".join((*PARTS, *FILES))
+    (path / MARKER).write_text(
+        f"A demo of flax-skd lies here. With --overwrite the next one deletes {written}.\n"
+    )
+    for name in (*PARTS, *FILES):
         if (path / name).is_dir():
             shutil.rmtree(path / name)
         else:
             (path / name).unlink(missing_ok=True)
-    path.mkdir(parents=True, exist_ok=True)
     return path
 
 
