@@ -123,9 +123,7 @@ def fitted_to(
     Raises:
       ValueError: if the source does not serve or has fewer than ten images.
     """
-    # Whatever labels a tar has or lacks.
-    labels = "sorted" if description.startswith("tar:") else None
-    source = sources.open_source(description, labels=labels)
+    source = sources.open_unlabelled(description)
     count = min(images, len(source))
     if count < 10:
         raise ValueError(
