@@ -23,7 +23,7 @@ CONTRACT = [
 ]
 SWEEP = [
     *("sweep", "--config.data.source=digits:test", "--config.data.images=90"),
-    *("--config.cuts=all,levels", "--config.kept=1/2", "--config.every=2"),
+    *("--config.cuts=mlp,levels", "--config.kept=1/2", "--config.every=2"),
     "--config.data.batch_size=40",
 ]
 
