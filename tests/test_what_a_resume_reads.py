@@ -113,7 +113,7 @@ def test_measuring_takes_a_batch_of_any_size(spec, size):
         live = np.asarray(batch["weight"]) > 0
         weights.append(live.sum())
         seen.append(np.asarray(batch["image"])[live])
-    assert sum(weights) == 30
+    assert sum(weights) == 30 and found.rows == sum(len(b["label"]) for b in found)
     np.testing.assert_array_equal(np.concatenate(seen), images)
 
 

@@ -63,6 +63,11 @@ def load_network(model: Any) -> SuperNet:
 
 def _check_says_the_same(model: Any, spec: ViTSpec, path: pathlib.Path) -> None:
     """Refuses what a weights file needs where it would change a directory of ours."""
+    if model.recipe and model.recipe not in RECIPES:
+        raise ValueError(
+            f"recipe {model.recipe!r}: choose one of {', '.join(RECIPES)}, or none for a "
+            "directory, which states all of its network."
+        )
     told = dict(RECIPES.get(model.recipe, {}))
     told |= {k: v for k, v in model.fields.items() if v is not None}
     wrong = [
@@ -131,7 +136,7 @@ def calibrate(
         def counted():
             for batch in feed.OnMesh(batches, mesh):
                 yield batch
-                bar.update(min(batches.batch_size, bar.total - bar.n))
+                bar.update(min(len(batch["weight"]), bar.total - bar.n))
 
         found = statistics.collect(
             model,

@@ -67,12 +67,16 @@ class OnMesh:
 
     Each process reads its part of every batch. Iterating again starts again. A batch
     that does not divide over the devices is taken larger, the last one padded.
+
+    Attributes:
+      rows: of all batches together, padding included.
     """
 
     def __init__(self, batches: data.EvalBatches, mesh: jax.sharding.Mesh):
         self._mesh, parts = mesh, sharding.batch_parts(mesh)
         size = math.ceil(batches.batch_size / parts) * parts
         batches = dataclasses.replace(batches, batch_size=size)
+        self.rows = len(batches) * size
         self._batches = batches.of_process(jax.process_index(), jax.process_count())
 
     def __iter__(self) -> Iterator[Any]:

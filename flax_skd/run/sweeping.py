@@ -155,12 +155,13 @@ def _finished(
 def run_sweep(supernets, model, batches, cuts, *, after_each=lambda name, rows: None):
     """`evaluate.sweep` of super-networks over the mesh, with a progress bar."""
     mesh = sharding.mesh()
-    total = len(supernets) * len(cuts) * len(batches) * batches.batch_size
+    images = feed.OnMesh(batches, mesh)
+    total = len(supernets) * len(cuts) * images.rows
     with feed.progress("sweep", total) as bar:
         return evaluate.sweep(
             {name: feed.placed(s.params, mesh) for name, s in supernets.items()},
             model,
-            feed.OnMesh(batches, mesh),
+            images,
             cuts,
             repairs={
                 name: feed.placed(s.compensation, mesh)
