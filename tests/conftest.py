@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from flax_skd.method import vit
+from flax_skd.method import compensation, vit
 from flax_skd.method.spec import ViTSpec
 from flax_skd.run import sharding
 
@@ -46,6 +46,23 @@ def shake(params, seed=0, scale=0.1):
         for leaf, key in zip(leaves, keys)
     ]
     return jax.tree.unflatten(treedef, noisy)
+
+
+def random_repairs(spec, seed=0):
+    """The compensation of features that are random, correlated and off centre."""
+    rng = np.random.default_rng(seed)
+
+    def moment(n):
+        data = rng.normal(size=(4 * n, n)) @ rng.normal(size=(n, n)) + 0.3
+        return data.mean(0), np.cov(data.T)
+
+    sizes = compensation.inner_units(spec)
+    blocks = range(spec.depth)
+    return compensation.from_moments(
+        [moment(sizes["attn"]) for _ in blocks],
+        [moment(sizes["mlp"]) for _ in blocks],
+        spec,
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import random_repairs
 
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import compensation, losses, macs, piad, subnet
@@ -149,23 +150,6 @@ def test_a_temperature_softens_both_and_is_scaled_back():
 def test_a_teacher_of_other_classes_is_refused(spec):
     with pytest.raises(ValueError, match="teacher has 5 classes, the student 7"):
         distillation.frozen(ViT(spec), num_classes=7)
-
-
-def random_repairs(spec, seed=0):
-    """The compensation of features that are random, correlated and off centre."""
-    rng = np.random.default_rng(seed)
-
-    def moment(n):
-        data = rng.normal(size=(4 * n, n)) @ rng.normal(size=(n, n)) + 0.3
-        return data.mean(0), np.cov(data.T)
-
-    sizes = compensation.inner_units(spec)
-    blocks = range(spec.depth)
-    return compensation.from_moments(
-        [moment(sizes["attn"]) for _ in blocks],
-        [moment(sizes["mlp"]) for _ in blocks],
-        spec,
-    )
 
 
 @pytest.mark.parametrize("name", ["labels", "in_place"])

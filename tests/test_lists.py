@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from conftest import random_repairs
 
 from flax_skd.method import (
     allocation,
@@ -22,17 +23,7 @@ GROUPS = growth.Groups(attn=4, mlp=8)
 
 @pytest.fixture(scope="module")
 def repairs(spec):
-    """The compensation of features that are random, correlated and off centre."""
-    rng = np.random.default_rng(0)
-
-    def moments(size):
-        found = (rng.normal(size=(3 * size, size)) for _ in range(spec.depth))
-        return [(x.mean(0) + 0.5, np.cov(x.T)) for x in found]
-
-    sizes = compensation.inner_units(spec)
-    return compensation.from_moments(
-        moments(sizes["attn"]), moments(sizes["mlp"]), spec
-    )
+    return random_repairs(spec)
 
 
 def test_a_stage_of_growth_measures_the_smallest_level_as_it_is_repaired(

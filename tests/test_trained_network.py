@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import shake
+from conftest import random_repairs, shake
 
 from flax_skd.io import checkpoint
 from flax_skd.io.checkpoint import SuperNet
@@ -15,20 +15,6 @@ from flax_skd.run import config_files, programs, train, training
 
 pytestmark = pytest.mark.usefixtures("one_device")
 IMAGES = 48
-
-
-def random_repairs(spec, seed=0):
-    """The compensation of features that are random, correlated and off centre."""
-    rng = np.random.default_rng(seed)
-
-    def moments(size):
-        mixed = (rng.normal(size=(3 * size, size)) for _ in range(spec.depth))
-        return [(x.mean(0) + 0.5, np.cov(x.T)) for x in mixed]
-
-    sizes = compensation.inner_units(spec)
-    return compensation.from_moments(
-        moments(sizes["attn"]), moments(sizes["mlp"]), spec
-    )
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from test_distillation import random_repairs
+from conftest import random_repairs
 from test_train import rows, run
 
 from flax_skd.io import checkpoint, data, sources

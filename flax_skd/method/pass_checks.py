@@ -9,7 +9,12 @@ from flax_skd.method.feature_sums import SITES
 
 
 def arrays_of(batch: dict[str, Any]) -> dict[str, Any]:
-    """What a pass reads of a batch; ValueError if an array is missing."""
+    """What a pass reads of a batch; ValueError if it is none or an array is missing."""
+    if not hasattr(batch, "keys"):  # of a loop over a source, or over one batch
+        raise ValueError(
+            f"batches hold a {type(batch).__name__}, not dicts of arrays: give a list "
+            "of batches, or of a source eval_batches(source, spec, batch_size=50)."
+        )
     missing = [k for k in ("image", "label", "weight") if k not in batch]
     if missing:
         raise ValueError(

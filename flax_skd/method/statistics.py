@@ -221,7 +221,7 @@ def collect(
     _check_cost(cost)
     options, total = (cost, tuple(moments), hidden_every), None
     for batch in batches:
-        batch = arrays_of(_checked_batch(batch))
+        batch = arrays_of(batch)
         if total is None:
             place = partial_sums.place_of(batch["weight"])
             check_every(hidden_every, len(batch["weight"]), partial_sums.count(place))
@@ -266,16 +266,6 @@ def _check_cost(cost: costs.Cost) -> None:
             f"cost = {cost!r}: give a function (logits, labels) -> [B], such as "
             f"costs.cost_named({name!r}, num_classes) of flax_skd.method.costs."
         )
-
-
-def _checked_batch(batch: Any) -> dict[str, Any]:
-    """What a loop over a source, or over one batch, takes for a batch is refused."""
-    if not hasattr(batch, "keys"):
-        raise ValueError(
-            f"batches hold a {type(batch).__name__}, not dicts of arrays: give a list "
-            "of batches, or of a source eval_batches(source, spec, batch_size=50)."
-        )
-    return batch
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)

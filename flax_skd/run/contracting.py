@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_skd.io import checkpoint, data, directory, sources
+from flax_skd.io import checkpoint, data, directory
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import (
     allocation,
@@ -209,17 +209,8 @@ def reads_labels(config: Any) -> bool:
 
 def _batches(section: Any, spec: ViTSpec, config: Any) -> data.EvalBatches:
     """Calibration batches; images without labels serve where nothing reads any."""
-    if not section.source or reads_labels(config):
-        return feed.batches_of(section, spec, seed=config.seed)
-    source = sources.open_unlabelled(section.source)
-    if section.images:
-        source = sources.take(source, section.images, seed=config.seed)
-    return data.eval_batches(
-        source,
-        spec,
-        batch_size=section.batch_size,
-        on_bad_image=section.on_bad_image,
-    )
+    opened = feed.labelled if reads_labels(config) else feed.unlabelled
+    return feed.batches_of(section, spec, seed=config.seed, opened=opened)
 
 
 def _first_images(batches: data.EvalBatches) -> np.ndarray:

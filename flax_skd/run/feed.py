@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,9 +15,28 @@ from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import Params
 from flax_skd.run import sharding
 
+Opened = Callable[[Any, ViTSpec], sources.Source]
 
-def open_images(section: Any, spec: ViTSpec, *, seed: int = 0) -> sources.Source:
-    """The source that the `data` section of a config names, labels checked.
+
+def labelled(section: Any, spec: ViTSpec) -> sources.Source:
+    """The source of a `data` section, its labels checked."""
+    return sources.open_source(
+        section.source,
+        labels=section.labels or None,
+        num_classes=spec.num_classes or None,
+    )
+
+
+def unlabelled(section: Any, spec: ViTSpec) -> sources.Source:
+    """The source of a `data` section, for what reads no label."""
+    del spec
+    return sources.open_unlabelled(section.source)
+
+
+def open_images(
+    section: Any, spec: ViTSpec, *, seed: int = 0, opened: Opened = labelled
+) -> sources.Source:
+    """The source that the `data` section of a config names, `opened` so.
 
     Where `section.images` is not 0, so many of its images, chosen by `seed`.
     """
@@ -26,11 +45,7 @@ def open_images(section: Any, spec: ViTSpec, *, seed: int = 0) -> sources.Source
             "no images: give --config.data.source, for example tar:IMAGES.tar, "
             "folder:DIR, npz:FILE, tfds:NAME:SPLIT or digits:test."
         )
-    source = sources.open_source(
-        section.source,
-        labels=section.labels or None,
-        num_classes=spec.num_classes or None,
-    )
+    source = opened(section, spec)
     if section.images:
         source = sources.take(source, section.images, seed=seed)
     return source
@@ -52,10 +67,12 @@ def eval_source_of(section: Any) -> str:
     return "digits:test" if section.source.startswith("digits") else ""
 
 
-def batches_of(section: Any, spec: ViTSpec, *, seed: int) -> data.EvalBatches:
+def batches_of(
+    section: Any, spec: ViTSpec, *, seed: int, opened: Opened = labelled
+) -> data.EvalBatches:
     """Evaluation batches of the `data` section of a config; 0 images for all."""
     return data.eval_batches(
-        open_images(section, spec, seed=seed),
+        open_images(section, spec, seed=seed, opened=opened),
         spec,
         batch_size=section.batch_size,
         on_bad_image=section.on_bad_image,
