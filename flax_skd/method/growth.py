@@ -235,10 +235,8 @@ def lower_hull(steps: Iterable[Removal]) -> list[Removal]:
 
 def drop(widths: SubnetSpec, removal: Removal) -> SubnetSpec:
     """The widths after a removal."""
-    fields = {name: list(getattr(widths, name)) for name in BRANCHES[removal.branch]}
-    for field in fields.values():
-        field[removal.block] = min(field[removal.block], removal.width)
-    return widths._replace(**{name: tuple(field) for name, field in fields.items()})
+    fields = BRANCHES[removal.branch]
+    return piad.narrowed(widths, removal.block, fields, removal.width)
 
 
 def _check_target(target: float, spec: ViTSpec, saved: int) -> None:

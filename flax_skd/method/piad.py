@@ -1,7 +1,7 @@
 """Dropout lists: nested sub-networks as rows of a table, and budgets into it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -77,6 +77,16 @@ def from_rows(rows: list[SubnetSpec], spec: ViTSpec, *, max_levels: int = 0):
     pad = max(0, max_levels + 1 - len(rows))
     tables = [np.pad(t, ((0, pad), (0, 0)), mode="edge") for t in tables]
     return DropoutList(*tables, levels=np.int32(len(rows) - 1))
+
+
+def narrowed(
+    widths: SubnetSpec, block: int, fields: Sequence[str], width: int
+) -> SubnetSpec:
+    """`widths` with some fields of one block at most `width`."""
+    changed = {name: list(getattr(widths, name)) for name in fields}
+    for sizes in changed.values():
+        sizes[block] = min(sizes[block], width)
+    return widths._replace(**{name: tuple(s) for name, s in changed.items()})
 
 
 def uniform(spec: ViTSpec, *, steps: int = 32) -> DropoutList:
