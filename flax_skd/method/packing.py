@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from flax_skd.method.compensation import Compensation, Repair, inner_units, of_each
@@ -20,14 +19,14 @@ def cast(compensation: Compensation, dtype: Any) -> Compensation:
     return of_each(compensation, one)
 
 
-def size(compensation: Compensation, dtype: Any = None) -> int:
-    """Bytes that `pack` of this takes, its factors in `dtype` (None: as they are)."""
+def size(compensation: Compensation) -> int:
+    """Bytes that `pack` of this takes."""
     total = 0
     for repair in (*compensation.attn, *compensation.mlp):
         total += repair.mean.nbytes
         if repair.factor is not None:
             n = len(repair.factor)
-            total += n * (n + 1) // 2 * jnp.dtype(dtype or repair.factor.dtype).itemsize
+            total += n * (n + 1) // 2 * repair.factor.dtype.itemsize
     return total
 
 

@@ -83,7 +83,6 @@ def by_importance(
     repairs: Compensation | None = None,
     stages: int = 8,
     share: float = 0.875,
-    groups: growth.Groups = growth.PAPER_GROUPS,
     cost: costs.Cost = costs.correct_logit,
     sensitivity: importance.Sensitivity = importance.cross_entropy,
 ) -> DropoutList:
@@ -91,7 +90,7 @@ def by_importance(
 
     Args: as of `grown`.
     """
-    dropout_list = growth.start(model.spec, groups)
+    dropout_list = growth.start(model.spec)
     for stage in range(stages):
         dropout_list = grown(
             dropout_list,
@@ -102,7 +101,6 @@ def by_importance(
             batches=batches,
             repairs=repairs,
             share=share,
-            groups=groups,
             cost=cost,
             sensitivity=sensitivity,
         )

@@ -47,14 +47,13 @@ def table(rows: Rows) -> str:
     )
 
 
-def pivot(rows: Rows, value: str = "top1") -> str:
-    """One line a cut and share, one column a criterion; Markdown."""
+def pivot(rows: Rows) -> str:
+    """Top-1, one line a cut and share, one column a criterion; Markdown."""
     criteria = list(dict.fromkeys(r["criterion"] for r in rows))
     cells: dict[tuple[str, float], dict[str, str]] = {}
     for r in rows:
-        cells.setdefault((r["cut"], r["kept"]), {})[r["criterion"]] = _cell(
-            value, r[value]
-        )
+        found = cells.setdefault((r["cut"], r["kept"]), {})
+        found[r["criterion"]] = _cell("top1", r["top1"])
     lines = ["| cut | kept | " + " | ".join(criteria) + " |"]
     lines.append("|" + "---|" * (len(criteria) + 2))
     # Cuts as they came, the whole network first and then smaller and smaller.
