@@ -197,7 +197,7 @@ class Judge:
 
     def _top1(self, stage: int, params: Params) -> float:
         images = feed.OnMesh(self._batches, self._mesh)
-        placed = feed.placed(params, self._mesh)
+        placed = sharding.gathered(params, self._mesh)
         (score,) = evaluate.evaluate(self._students[stage], placed, images, [None])
         return score.top1
 

@@ -140,7 +140,7 @@ def calibrate(
 
         found = statistics.collect(
             model,
-            feed.placed(network.params, mesh),
+            sharding.gathered(network.params, mesh),
             counted(),
             cost=cost,
             weightings=weightings,

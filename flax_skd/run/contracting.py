@@ -254,8 +254,8 @@ def list_of(network: SuperNet, options: Any, config: Any) -> piad.DropoutList:
         return piad.uniform(spec, steps=config.list.levels)
     mesh = sharding.mesh()
     model = ViT(spec, dtype=commands.dtype_named(config.dtype))
-    params = feed.placed(network.params, mesh)
-    repairs = network.compensation and feed.placed(network.compensation, mesh)
+    params = sharding.gathered(network.params, mesh)
+    repairs = network.compensation and sharding.gathered(network.compensation, mesh)
     if options.kind == "importance":
         return lists.by_importance(
             model,

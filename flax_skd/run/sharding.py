@@ -132,7 +132,7 @@ def whole(params: Any, places: Any) -> Any:
 
 
 def gathered(tree: Any, mesh: Mesh) -> Any:
-    """A tree of arrays of a mesh, each whole on every device, so that any host reads it."""
+    """A tree of arrays, each whole on every device of the mesh: any host can read it."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 

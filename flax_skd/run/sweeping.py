@@ -159,12 +159,12 @@ def run_sweep(supernets, model, batches, cuts, *, after_each=lambda name, rows: 
     total = len(supernets) * len(cuts) * images.rows
     with feed.progress("sweep", total) as bar:
         return evaluate.sweep(
-            {name: feed.placed(s.params, mesh) for name, s in supernets.items()},
+            {name: sharding.gathered(s.params, mesh) for name, s in supernets.items()},
             model,
             images,
             cuts,
             repairs={
-                name: feed.placed(s.compensation, mesh)
+                name: sharding.gathered(s.compensation, mesh)
                 for name, s in supernets.items()
                 if s.compensation is not None
             },
