@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,6 @@ from flax_skd.rivals import stages, start
 from flax_skd.run import commands, configured_loss, distillation
 from flax_skd.run.objective import Array, Loss
 from flax_skd.run.programs import Program
-
-
-class Stage(NamedTuple):
-    """`extra` of the train state: int32 [], which components train."""
-
-    stage: Any
 
 
 def chebyshev(depth: int, components: int) -> np.ndarray:
@@ -192,7 +186,7 @@ def program(config: Any) -> Program:
         configured_loss.vit_of(config, spec),
         decomposed(found.params, made),
         of_components(base, full, trains_in),
-        Stage(np.int32(0)),
+        stages.Stage(np.int32(0)),
         in_turn.begin,
         lambda extra: {"full": None},
         save,

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,12 +17,6 @@ from flax_skd.run.programs import Program
 
 # What of attention a ratio cuts beside the width: whole heads, or dims of every head.
 ATTENTION = {"heads": "num_heads", "head_dims": "head_dim"}
-
-
-class Warm(NamedTuple):
-    """`extra` of the train state: int32 [], 0 while the full network trains alone."""
-
-    stage: Any
 
 
 def sliced_spec(spec: ViTSpec, ratio: float, attention: str = "heads") -> ViTSpec:
@@ -153,7 +147,7 @@ class Sampling:
         between = (float(rng.choice(side)) for side in sides if side)
         return (1.0, *between, smallest)
 
-    def before_step(self, step: int, extra: Warm) -> tuple[Warm, Loss]:
+    def before_step(self, step: int, extra: stages.Stage) -> tuple[stages.Stage, Loss]:
         """See `train.fit`."""
         alone = self._stage.now(extra) == 0
         return extra, self._loss_of((1.0,) if alone else self.drawn(step))
@@ -214,7 +208,7 @@ def program(config: Any) -> Program:
         configured_loss.vit_of(config, found.spec),
         found.params,
         loss_of((1.0,)),
-        Warm(np.int32(0)),
+        stages.Stage(np.int32(0)),
         begin,
         lambda extra: {"full": None},
         save,
