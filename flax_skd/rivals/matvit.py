@@ -87,8 +87,6 @@ def program(config: Any) -> Program:
         configured_loss.vit_of(config, spec),
         found.params,
         configured_loss.mixed_loss(config, spec, loss),
-        None,
-        None,
-        lambda extra: sizes,
         save,
+        sizes=lambda extra: sizes,
     )

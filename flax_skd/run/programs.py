@@ -24,12 +24,12 @@ class Program(NamedTuple):
       model: what is trained.
       params: where it starts.
       loss: what a step minimises.
+      save: function (directory, params, extra, facts), replacing what is there.
       extra: what the loss reads besides, such as a dropout list.
       before_epoch: function (index, state) -> the next `extra` or state, or None.
       every_epochs: epochs from one call of `before_epoch` to the next.
       sizes: function of `extra` -> {name: widths} to evaluate; None as widths is the
         model as it is.
-      save: function (directory, params, extra, facts), replacing what is there.
       before_step, after_update, before_loss: see `train.fit`, or None.
       network: function (params, extra) -> parameters of `model`, which are evaluated:
         where what is trained is not the network itself.
@@ -41,11 +41,11 @@ class Program(NamedTuple):
     model: ViT
     params: Params
     loss: Loss
-    extra: Any
-    before_epoch: Callable[[int, Any], Any] | None
-    sizes: Callable[[Any], dict[str, SubnetSpec | None]]
     save: Callable[[pathlib.Path, Params, Any, dict[str, Any]], None]
+    extra: Any = None
+    before_epoch: Callable[[int, Any], Any] | None = None
     every_epochs: float = 1.0
+    sizes: Callable[[Any], dict[str, SubnetSpec | None]] = lambda extra: {"full": None}
     before_step: Callable[[int, Any], tuple[Any, Loss]] | None = None
     after_update: AfterUpdate | None = None
     network: Callable[[Params, Any], Params] = lambda params, extra: params
@@ -53,11 +53,6 @@ class Program(NamedTuple):
     stages: int = 1
     files: tuple[str, ...] = checkpoint.SUPERNET_FILES
     frozen: Params | None = None
-
-
-def _as_it_is(extra: Any) -> dict[str, None]:
-    del extra
-    return {"full": None}
 
 
 def scratch(config: Any, spec: ViTSpec) -> Program:
@@ -87,8 +82,7 @@ def _whole(config: Any, spec: ViTSpec, params: Params, provenance: dict) -> Prog
         network = commands.stamped(SuperNet(params, spec, full, {}), facts)
         checkpoint.save_supernet(directory, network, overwrite=directory.exists())
 
-    loss = configured_loss.ordinary(config, model)
-    return Program(model, params, loss, None, None, _as_it_is, save)
+    return Program(model, params, configured_loss.ordinary(config, model), save)
 
 
 def finetune(config: Any, small: SubNet) -> Program:
@@ -106,10 +100,8 @@ def finetune(config: Any, small: SubNet) -> Program:
         checkpoint.save_subnet(directory, trained, overwrite=directory.exists())
 
     loss = configured_loss.ordinary(config, model)
-    return Program(
-        *(model, small.params, loss, None, None, _as_it_is, save),
-        files=checkpoint.SUBNET_FILES,
-    )
+    files = checkpoint.SUBNET_FILES
+    return Program(model, small.params, loss, save, files=files)
 
 
 def piad_program(config: Any, supernet: SuperNet) -> Program:
@@ -164,12 +156,12 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
         model,
         supernet.params,
         loss,
-        extra,
-        grow,
-        sizes,
         save,
-        options.grow_epochs,
-        before_step,
+        extra=extra,
+        before_epoch=grow,
+        every_epochs=options.grow_epochs,
+        sizes=sizes,
+        before_step=before_step,
         before_loss=before_loss,
         stages=stages,
         frozen=teacher and teacher.params,
