@@ -267,7 +267,7 @@ def program(config: Any) -> Program:
         own, kept = judge(params, count - 1)
         params = {**params, name_of(count - 1): own}
         facts["kept"] = [*facts["kept"], float(kept)]
-        changes = {"dropout_list": start.full_only(found.spec)}
+        changes = {"dropout_list": piad.uniform(found.spec, steps=1)}
         start.save_supernet(directory, found, changes, facts)
         trees = (params[name_of(i)] for i in range(count))
         sizes = {n: (tree, found.spec) for n, tree in zip(chain, trees, strict=True)}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_skd.method import piad
 from flax_skd.method.vit import Params
 from flax_skd.rivals import stages, start
 from flax_skd.run import commands, configured_loss, distillation
@@ -170,7 +171,7 @@ def program(config: Any) -> Program:
         facts = {**facts, "trained": "ldr"}
         changes = {
             "params": jax.device_get(recompose(params)),
-            "dropout_list": start.full_only(spec),
+            "dropout_list": piad.uniform(spec, steps=1),
         }
         start.save_supernet(directory, found, changes, facts)
         others = {

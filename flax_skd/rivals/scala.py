@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_skd.method import losses, vit
+from flax_skd.method import losses, piad, vit
 from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import Params, ViT
 from flax_skd.rivals import stages, start
@@ -193,7 +193,7 @@ def program(config: Any) -> Program:
     def save(directory, params, extra, facts):
         del extra
         facts = {**facts, "trained": "scala"}
-        changes = {"params": params, "dropout_list": start.full_only(found.spec)}
+        changes = {"params": params, "dropout_list": piad.uniform(found.spec, steps=1)}
         start.save_supernet(directory, found, changes, facts)
         smaller = {
             f"{r:g}": (sliced(params, specs[r], end_of(r)), specs[r])

@@ -57,8 +57,8 @@ def load_network(model: Any) -> SuperNet:
         entry=model.get("entry", "") or None,
     )
     facts = {"file": path.name, "sha256": source.sha256, "family": source.family}
-    full = piad.from_rows([SubnetSpec.full(source.spec)], source.spec)
-    return SuperNet(source.params, source.spec, full, {"source": facts})
+    one_level = piad.uniform(source.spec, steps=1)
+    return SuperNet(source.params, source.spec, one_level, {"source": facts})
 
 
 def _check_says_the_same(model: Any, spec: ViTSpec, path: pathlib.Path) -> None:

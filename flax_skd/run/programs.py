@@ -77,9 +77,9 @@ def _whole(config: Any, spec: ViTSpec, params: Params, provenance: dict) -> Prog
 
     def save(directory, params, extra, facts):
         del extra
-        full = piad.from_rows([SubnetSpec.full(spec)], spec)
         facts = {**provenance, **facts}
-        network = commands.stamped(SuperNet(params, spec, full, {}), facts)
+        one_level = piad.uniform(spec, steps=1)
+        network = commands.stamped(SuperNet(params, spec, one_level, {}), facts)
         checkpoint.save_supernet(directory, network, overwrite=directory.exists())
 
     return Program(model, params, configured_loss.ordinary(config, model), save)
