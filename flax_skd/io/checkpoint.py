@@ -190,15 +190,9 @@ def save_subnet(
         anything but a sub-network; if params do not match the spec and widths,
         the provenance is not plain JSON, or the place is read-only.
     """
-    spec, widths = network.spec, SubnetSpec(*network.widths).check(network.spec)
+    facts = facts_of(network)
     params = _flat(network.params)
-    checked.params(params, spec, widths, "this sub-network")
-    facts = {
-        "spec": spec.to_dict(),
-        "widths": widths._asdict(),
-        "macs": checked.macs_of(spec, widths),
-        "provenance": network.provenance,
-    }
+    checked.params(params, network.spec, network.widths, "this sub-network")
 
     def write(fresh: pathlib.Path) -> None:
         sums = summed_arrays.write(fresh / SUBNET_FILES[1], params)
@@ -206,6 +200,17 @@ def save_subnet(
         folder.write_json(fresh / SUBNET_FILES[0], "sub-network", fields)
 
     folder.write_whole(directory, write, files=SUBNET_FILES, overwrite=overwrite)
+
+
+def facts_of(network: SubNet) -> dict[str, Any]:
+    """What the JSON of a sub-network says of it, whatever its arrays lie in."""
+    widths = SubnetSpec(*network.widths).check(network.spec)
+    return {
+        "spec": network.spec.to_dict(),
+        "widths": widths._asdict(),
+        "macs": checked.macs_of(network.spec, widths),
+        "provenance": network.provenance,
+    }
 
 
 def load_subnet(directory: str | os.PathLike) -> SubNet:

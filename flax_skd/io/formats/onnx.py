@@ -98,12 +98,9 @@ def write(
     """
     content = convert(network, opset=opset)
     facts = {"opset": opset, "preprocessing": folding.preprocessing(network.spec)}
-
-    def fill(fresh: pathlib.Path) -> None:
-        folder.write_json(fresh / FILES[0], "onnx export", facts)
-        (fresh / FILES[1]).write_bytes(content)
-
-    folder.write_whole(directory, fill, files=FILES, overwrite=overwrite)
+    folder.write_files(
+        directory, FILES, "onnx export", facts, content, overwrite=overwrite
+    )
 
 
 def installed() -> bool:
