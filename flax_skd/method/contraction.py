@@ -16,7 +16,7 @@ import numpy as np
 from flax_skd.method import balance
 from flax_skd.method.pass_checks import check_gradients
 from flax_skd.method.spec import ViTSpec
-from flax_skd.method.statistics import HIGHEST, Statistics
+from flax_skd.method.statistics import Statistics
 from flax_skd.method.vit import Array, Params
 
 
@@ -265,7 +265,8 @@ def _inject_block(block: Params, basis: Basis) -> Params:
 
 def _einsum(equation: str, kernel: Array, rotation: Array) -> Array:
     wide = kernel.astype(jnp.float32)
-    return jnp.einsum(equation, wide, rotation, precision=HIGHEST).astype(kernel.dtype)
+    turned = jnp.einsum(equation, wide, rotation, precision="highest")
+    return turned.astype(kernel.dtype)
 
 
 def contract(

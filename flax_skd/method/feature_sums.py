@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from flax_skd.method import second_moments
@@ -11,7 +10,6 @@ from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import Array
 
 SITES = ("query", "key", "value", "hidden")
-HIGHEST = jax.lax.Precision.HIGHEST
 
 # Weight of a token of a head [B, H, N] from f, g [B, H, N, d].
 WEIGHTINGS: dict[str, Callable[[Array, Array], Array]] = {
@@ -79,7 +77,7 @@ def of(feature: Array, gradient: Array, seen: Any, zeros: FeatureSums) -> Featur
         moments[name] = Moments(
             weight.sum((0, 2)),
             weighted.sum((0, 2)),
-            jnp.einsum("bhnd,bhne->hde", weighted, centred, precision=HIGHEST),
+            jnp.einsum("bhnd,bhne->hde", weighted, centred, precision="highest"),
         )
     # g is zero for a padded example: the cost does not see it.
     return FeatureSums(

@@ -15,21 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from flax_skd.method import costs, feature_sums, partial_sums, pilots, second_moments
-from flax_skd.method.feature_sums import HIGHEST, SITES, FeatureSums, Moments
+from flax_skd.method.feature_sums import SITES, FeatureSums
 from flax_skd.method.observed import observed
 from flax_skd.method.pass_checks import arrays_of, check_every, check_finite
 from flax_skd.method.vit import Array, BlockMasks, Params, ViT
-
-__all__ = [
-    "HIGHEST",
-    "SITES",
-    "FeatureSums",
-    "Moments",
-    "Statistics",
-    "batch_sums",
-    "collect",
-    "pilot_means",
-]
 
 
 class Statistics(NamedTuple):
