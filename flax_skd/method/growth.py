@@ -242,7 +242,7 @@ def drop(widths: SubnetSpec, removal: Removal) -> SubnetSpec:
 def _check_target(target: float, spec: ViTSpec, saved: int) -> None:
     if not 0 <= target < math.inf:
         raise ValueError(f"target_macs_saved = {target} must be finite and >= 0.")
-    nothing = SubnetSpec(*((0,) * spec.depth,) * 3)
+    nothing = SubnetSpec.uniform(spec, 0, 0, 0)
     full = macs.macs(spec)
     most = full - macs.macs(spec, nothing)
     if target <= most:

@@ -159,7 +159,7 @@ def measure(
       ValueError: if there is no image, a batch lacks an array, or a sum is not finite
         (the block is named).
     """
-    widths = SubnetSpec(*(np.asarray(field, np.int32) for field in widths))
+    widths = subnet.as_data(widths)
     widths.check(model.spec)
     total = None
     for batch in batches:

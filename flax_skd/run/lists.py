@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import numpy as np
 
 from flax_skd.method import (
     allocation,
@@ -14,6 +13,7 @@ from flax_skd.method import (
     growth,
     importance,
     macs,
+    subnet,
 )
 from flax_skd.method.compensation import Compensation
 from flax_skd.method.piad import DropoutList
@@ -52,7 +52,7 @@ def grown(
     spec = model.spec
     widths = dropout_list.widths(int(dropout_list.levels), spec)
     if repairs is not None:
-        params = _repaired(params, spec, repairs, _arrays(widths))
+        params = _repaired(params, spec, repairs, subnet.as_data(widths))
     measured = importance.measure(
         model,
         params,
@@ -69,10 +69,6 @@ def grown(
 
 # Compiled once for a network, whatever its widths.
 _repaired = jax.jit(compensation.repaired, static_argnums=1)
-
-
-def _arrays(widths: SubnetSpec) -> SubnetSpec:
-    return SubnetSpec(*(np.array(field, np.int32) for field in widths))
 
 
 def by_importance(

@@ -74,7 +74,7 @@ def recalibrated(
         )
     spec = network.spec
     model = ViT(spec, dtype=dtype)
-    traced = SubnetSpec(*(np.array(field, np.int32) for field in widths))
+    traced = subnet.as_data(widths)
     masks = subnet.masks(spec, traced)
     repaired = jax.jit(compensation.repaired, static_argnums=1)
     repairs = network.compensation
