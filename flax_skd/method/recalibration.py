@@ -41,19 +41,11 @@ def own_compensation(
       tokens: weights of tokens in the moments.
       ridge: of covariances, see `moments.regularised`.
     """
-
-    def moment(block, branch):
-        mean = np.asarray(statistics.branch_mean(block, branch, tokens), np.float64)
-        covariance = statistics.branch_covariance(block, branch, tokens)
-        return mean, np.asarray(covariance, np.float64)
-
-    blocks = range(spec.depth)
-    fresh = compensation.from_moments(
-        [moment(i, "attn") for i in blocks],
-        [moment(i, "mlp") for i in blocks],
-        spec,
-        ridge=ridge,
+    attn, mlp = (
+        [statistics.branch_moment(i, branch, tokens) for i in range(spec.depth)]
+        for branch in ("attn", "mlp")
     )
+    fresh = compensation.from_moments(attn, mlp, spec, ridge=ridge)
     kept = Compensation(attn=widths.vo_dim, mlp=widths.mlp_dim)
     return Compensation(
         *(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_skd.method import costs, feature_sums, partial_sums, pilots, second_moments
 from flax_skd.method.feature_sums import SITES, FeatureSums
@@ -72,6 +73,12 @@ class Statistics(NamedTuple):
         """Covariance about `branch_mean` over the sum of weights, [n, n]."""
         moments = second_moments.of_branch(self.branches, block, branch, weighting)
         return second_moments.covariance(moments)
+
+    def branch_moment(self, block: int, branch: str, weighting: str):
+        """Both of these in float64 on the host, a `moments.Moment`."""
+        asked = block, branch, weighting
+        both = self.branch_mean(*asked), self.branch_covariance(*asked)
+        return tuple(np.asarray(x, np.float64) for x in both)
 
 
 def pilot_means(model: ViT, params: Params, batch: dict[str, Array], masks=None):
