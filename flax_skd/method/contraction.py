@@ -283,8 +283,8 @@ def contract(
     Args:
       params: of the full network the statistics were collected on.
       spec: its sizes.
-      statistics: of `statistics.collect`, with the criterion's weightings and moments.
-      criterion: a key of `CRITERIA`, or a `Criterion`.
+      statistics: of `collect`, with `weightings` and `moments` as of `CRITERIA[name]`.
+      criterion: `wpac`, `balanced` or another key of `CRITERIA`, or a `Criterion`.
       units: a key of `UNIT_ORDERS`, or permutations [M], one a block; None for the
         criterion's own.
       seed: of the random criterion.

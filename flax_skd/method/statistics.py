@@ -198,15 +198,19 @@ def collect(
         padding, all of one shape, such as those of `eval_batches`; global arrays if
         there is a mesh. Where the cost reads no label, any will do.
       cost: function (logits, labels) -> [B], such as those of `costs.COSTS`.
-      weightings: which second moments of heads to collect, of `taylor` and `plain`.
-      moments: weightings of `second_moments` to collect, of units and head outputs.
+      weightings: token weights, of `taylor` and `plain`, of the second moments of heads
+        to collect: what `wpac` and `pca` rotate by.
+      moments: token weights, of `gradient` and `plain`, of the second moments of queries,
+        keys, head outputs and hidden units to collect; `attended` beside one for keys
+        under each query's attention too.
       masks: of a sub-network (`subnet.masks`), whose sums are then taken: of all units,
         those that are cut too, on the stream that the cut leaves.
       hidden_every: k >= 1, a divisor of a device's share of a batch. `moments` of hidden
         units, the dearest sums, are then those of every k-th image alone.
 
     Returns:
-      `Statistics`, as `contract` takes them.
+      `Statistics`, as `contract` takes them; a criterion says what it reads of
+      `weightings` and `moments` (`contraction.CRITERIA`).
 
     Raises:
       ValueError: if there is no batch or one is no dict or lacks an array, a name is

@@ -1,4 +1,4 @@
-"""What each subcommand does, from a config to files: load, compute, save, report."""
+"""Convert and extract, and what all commands share: networks, statistics, words."""
 
 import fractions
 import pathlib
