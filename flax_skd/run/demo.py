@@ -153,14 +153,12 @@ def contracted(trained: SuperNet) -> dict[str, SuperNet]:
     """The trained network under each recipe, and as it came."""
     train = sources.open_source("digits:train", num_classes=trained.spec.num_classes)
     calibration = sources.take(train, 1024)
-    made = RECIPES.values()
     stats = commands.calibrate(
         trained,
         data.eval_batches(calibration, trained.spec, batch_size=64),
         cost="logit",
         dtype=commands.dtype_named("float32"),
-        weightings=tuple(sorted({w for r in made for w in r.criterion.weightings})),
-        moments=tuple(sorted({m for r in made for m in r.moments()})),
+        **recipes.sums_for(RECIPES.values()),
     )
     networks = {
         name: recipes.contracted(trained, stats, recipe)

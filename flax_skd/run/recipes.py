@@ -62,6 +62,14 @@ class Recipe(NamedTuple):
         return tuple(dict.fromkeys((*self.criterion.moments, *own)))
 
 
+def sums_for(recipes: Iterable[Recipe]) -> dict[str, tuple[str, ...]]:
+    """What one pass has to collect for all of these, as `statistics.collect` takes it."""
+    made = list(recipes)
+    weightings = {w for recipe in made for w in recipe.criterion.weightings}
+    moments = {m for recipe in made for m in recipe.moments()}
+    return {"weightings": tuple(sorted(weightings)), "moments": tuple(sorted(moments))}
+
+
 def contracted(
     network: SuperNet,
     stats: Statistics,
