@@ -127,12 +127,12 @@ class InTurn:
         return iter(OnMesh(batches, self._mesh))
 
 
-def progress(what: str, total: int):
-    """A tqdm bar in images on the first process; a line a minute off a terminal."""
+def progress(what: str, total: int, *, unit: str = "img"):
+    """A tqdm bar on the first process; a line a minute off a terminal."""
     return require("tqdm").tqdm(
         total=total,
         desc=what,
-        unit="img",
+        unit=unit,
         mininterval=0.2 if sys.stderr.isatty() else 60,
         disable=jax.process_index() > 0,
     )
