@@ -20,7 +20,7 @@ from flax_skd.run import (
     sharding,
 )
 from flax_skd.run.objective import Array, Loss
-from flax_skd.run.programs import Program
+from flax_skd.run.programs import Program, save_trained
 
 _LOG = logging.getLogger(__name__)
 _FORGET = 0.05  # of the running accuracy, a step
@@ -267,8 +267,8 @@ def program(config: Any) -> Program:
         own, kept = judge(params, count - 1)
         params = {**params, name_of(count - 1): own}
         facts["kept"] = [*facts["kept"], float(kept)]
-        changes = {"dropout_list": piad.uniform(found.spec, steps=1)}
-        start.save_supernet(directory, found, changes, facts)
+        full = found._replace(dropout_list=piad.uniform(found.spec, steps=1))
+        save_trained(directory, full, facts)
         trees = (params[name_of(i)] for i in range(count))
         sizes = {n: (tree, found.spec) for n, tree in zip(chain, trees, strict=True)}
         start.save_sizes(directory, sizes, facts)

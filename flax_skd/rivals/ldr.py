@@ -13,7 +13,7 @@ from flax_skd.method.vit import Params
 from flax_skd.rivals import stages, start
 from flax_skd.run import commands, configured_loss, distillation
 from flax_skd.run.objective import Array, Loss
-from flax_skd.run.programs import Program
+from flax_skd.run.programs import Program, save_trained
 
 
 def chebyshev(depth: int, components: int) -> np.ndarray:
@@ -169,11 +169,10 @@ def program(config: Any) -> Program:
     def save(directory, params, extra, facts):
         del extra
         facts = {**facts, "trained": "ldr"}
-        changes = {
-            "params": jax.device_get(recompose(params)),
-            "dropout_list": piad.uniform(spec, steps=1),
-        }
-        start.save_supernet(directory, found, changes, facts)
+        whole = jax.device_get(recompose(params))
+        one_level = piad.uniform(spec, steps=1)
+        trained = found._replace(params=whole, dropout_list=one_level)
+        save_trained(directory, trained, facts)
         others = {
             f"depth-{d}": (
                 jax.device_get(recomposed(params, basis(d, made))),

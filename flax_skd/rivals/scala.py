@@ -13,7 +13,7 @@ from flax_skd.method.vit import Params, ViT
 from flax_skd.rivals import stages, start
 from flax_skd.run import commands, configured_loss, distillation
 from flax_skd.run.objective import Array, Loss
-from flax_skd.run.programs import Program
+from flax_skd.run.programs import Program, save_trained
 
 # What of attention a ratio cuts beside the width: whole heads, or dims of every head.
 ATTENTION = {"heads": "num_heads", "head_dims": "head_dim"}
@@ -193,8 +193,9 @@ def program(config: Any) -> Program:
     def save(directory, params, extra, facts):
         del extra
         facts = {**facts, "trained": "scala"}
-        changes = {"params": params, "dropout_list": piad.uniform(found.spec, steps=1)}
-        start.save_supernet(directory, found, changes, facts)
+        one_level = piad.uniform(found.spec, steps=1)
+        trained = found._replace(params=params, dropout_list=one_level)
+        save_trained(directory, trained, facts)
         smaller = {
             f"{r:g}": (sliced(params, specs[r], end_of(r)), specs[r])
             for r in ratios[:-1]

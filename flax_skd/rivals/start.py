@@ -31,21 +31,6 @@ def named(path: str) -> SuperNet:
     return found._replace(params=commands.in_float32(found.params), compensation=None)
 
 
-def save_supernet(
-    directory: pathlib.Path, start: SuperNet, changes: dict[str, Any], facts: Any
-) -> None:
-    """Writes what was trained as a super-network, replacing what is there.
-
-    Args:
-      directory: to write.
-      start: what it was trained from.
-      changes: fields of `SuperNet` that training changed.
-      facts: of the training, added to the provenance.
-    """
-    trained = commands.stamped(start._replace(**changes), facts)
-    checkpoint.save_supernet(directory, trained, overwrite=directory.exists())
-
-
 def save_sizes(
     directory: pathlib.Path,
     sizes: dict[str, tuple[Params, ViTSpec]],

@@ -77,12 +77,19 @@ def _whole(config: Any, spec: ViTSpec, params: Params, provenance: dict) -> Prog
 
     def save(directory, params, extra, facts):
         del extra
-        facts = {**provenance, **facts}
         one_level = piad.uniform(spec, steps=1)
-        network = commands.stamped(SuperNet(params, spec, one_level, {}), facts)
-        checkpoint.save_supernet(directory, network, overwrite=directory.exists())
+        network = SuperNet(params, spec, one_level, provenance)
+        save_trained(directory, network, facts)
 
     return Program(model, params, configured_loss.ordinary(config, model), save)
+
+
+def save_trained(
+    directory: pathlib.Path, network: SuperNet, facts: dict[str, Any]
+) -> None:
+    """Writes a super-network with facts of its training, replacing what is there."""
+    trained = commands.stamped(network, facts)
+    checkpoint.save_supernet(directory, trained, overwrite=directory.exists())
 
 
 def finetune(config: Any, small: SubNet) -> Program:
@@ -120,12 +127,7 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
             "--config.compensation=none."
         )
     model = configured_loss.vit_of(config, spec)
-    groups = growth.Groups(
-        options.groups.attn,
-        options.groups.mlp,
-        options.groups.attn_lane,
-        options.groups.mlp_lane,
-    )
+    groups = growth.Groups(**options.groups)
 
     def sizes(extra):
         levels = extra.dropout_list
@@ -140,8 +142,7 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
             dropout_list=piad.from_rows(rows, spec),
             compensation=extra.compensation,  # as trained, whatever lies there now
         )
-        network = commands.stamped(network, {**facts, "trained": "piad"})
-        checkpoint.save_supernet(directory, network, overwrite=directory.exists())
+        save_trained(directory, network, {**facts, "trained": "piad"})
 
     teacher = configured_loss.teacher_of(config)
     loss = configured_loss.of_piad(config, model, groups, teacher)
