@@ -161,15 +161,6 @@ def sample_level_by_macs(
     return jnp.minimum(above.sum(-1), dropout_list.levels).astype(jnp.int32)
 
 
-def limit_of(share: float, full: float) -> float:
-    """A share of a count as a limit for `level_for`.
-
-    A level's own share, a quotient of two counts, finds that level: what the division
-    rounded off is given back.
-    """
-    return share * full * (1 + 1e-14)
-
-
 def level_for(
     dropout_list: DropoutList,
     spec: ViTSpec,
@@ -206,6 +197,23 @@ def level_for(
         f"{macs.readable(smallest)} ({smallest:,}). Ask for at least that, or make a "
         "list that goes further down."
     )
+
+
+def level_within(
+    dropout_list: DropoutList,
+    spec: ViTSpec,
+    budget: float,
+    *,
+    cost: Callable[[ViTSpec, SubnetSpec], float] = macs.macs,
+) -> int:
+    """`level_for` of a count or, at most 1, of a share of the full network's.
+
+    A level's own share, a quotient of two counts, finds that level: what the division
+    rounded off is given back.
+    """
+    if budget <= 1:
+        budget = budget * cost(spec, SubnetSpec.full(spec)) * (1 + 1e-14)
+    return level_for(dropout_list, spec, budget, cost=cost)
 
 
 def _readable(limit: float) -> str:

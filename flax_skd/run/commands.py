@@ -14,7 +14,7 @@ from flax_skd.io import checkpoint, conversion, data, directory
 from flax_skd.io.checkpoint import SubNet, SuperNet
 from flax_skd.io.source_fields import RECIPES
 from flax_skd.method import compensation, costs, macs, piad, statistics, subnet
-from flax_skd.method.spec import SubnetSpec, ViTSpec
+from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import ViT
 from flax_skd.run import feed, sharding
 
@@ -218,9 +218,7 @@ def subnet_within(supernet: SuperNet, *, cost: Any, limit: float) -> tuple[SubNe
     spec = supernet.spec
     if limit <= 0:
         raise ValueError(f"a budget of {limit} must be positive.")
-    if limit <= 1:
-        limit = piad.limit_of(limit, cost(spec, SubnetSpec.full(spec)))
-    level = piad.level_for(supernet.dropout_list, spec, limit, cost=cost)
+    level = piad.level_within(supernet.dropout_list, spec, limit, cost=cost)
     widths = supernet.dropout_list.widths(level, spec)
     whole = compensation.repaired(supernet.params, spec, supernet.compensation, widths)
     # On the host: a slice on a device is compiled, one for every width.
