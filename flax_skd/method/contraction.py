@@ -151,7 +151,7 @@ def balanced_criterion(options: balance.Balanced) -> Criterion:
     def axes(block, statistics, index, rng):
         query = key = value = out = None
         if not both:
-            query, key, value, out = _pca("taylor")(block, statistics, index, rng)
+            query, key, value, out = _pca("gradient")(block, statistics, index, rng)
         if "qk" in parts:
             query, key = balance.query_key(statistics, index, options)
         if "vo" in parts:
@@ -159,14 +159,14 @@ def balanced_criterion(options: balance.Balanced) -> Criterion:
         return tuple(map(jnp.asarray, (query, key, value, out)))
 
     reads = "gradient" in (*options.moments(), options.metric) or not both
-    weightings = () if both else ("taylor",)
+    weightings = () if both else ("gradient",)
     return Criterion(axes, "taylor2", weightings, options.moments(), reads)
 
 
 # The authors' program orders hidden units by sum (g h)^2 / 2, the paper's text by
 # sum |g h|; `units="taylor1"` gives the latter.
 CRITERIA: dict[str, Criterion] = {
-    "wpac": Criterion(_pca("taylor"), "taylor2", ("taylor",)),
+    "wpac": Criterion(_pca("gradient"), "taylor2", ("gradient",)),
     "pca": Criterion(_pca("plain"), "taylor2", ("plain",), gradients=False),
     "taylor1": Criterion(_taylor("taylor1"), "taylor1"),
     "taylor2": Criterion(_taylor("taylor2"), "taylor2"),

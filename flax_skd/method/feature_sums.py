@@ -1,6 +1,5 @@
 """Sums of one feature of one block: what a batch adds to the statistics."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -10,12 +9,6 @@ from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import Array
 
 SITES = ("query", "key", "value", "hidden")
-
-# Weight of a token of a head [B, H, N] from f, g [B, H, N, d].
-WEIGHTINGS: dict[str, Callable[[Array, Array], Array]] = {
-    "taylor": second_moments.WEIGHTINGS["gradient"].own,
-    "plain": second_moments.WEIGHTINGS["plain"].own,
-}
 
 
 class Moments(NamedTuple):
@@ -72,7 +65,7 @@ def of(feature: Array, gradient: Array, seen: Any, zeros: FeatureSums) -> Featur
     present = centred * live[..., None]
     moments = {}
     for name in zeros.moments:
-        weight = WEIGHTINGS[name](f, g) * live
+        weight = second_moments.WEIGHTINGS[name].own(f, g) * live
         weighted = weight[..., None] * centred
         moments[name] = Moments(
             weight.sum((0, 2)),

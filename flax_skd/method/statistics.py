@@ -109,7 +109,7 @@ def batch_sums(
     pilot: tuple[dict[str, Array], ...],
     *,
     cost: costs.Cost = costs.correct_logit,
-    weightings: tuple[str, ...] = ("taylor",),
+    weightings: tuple[str, ...] = ("gradient",),
     moments: tuple[str, ...] = (),
     masks: tuple[BlockMasks, ...] | None = None,
     hidden_every: int = 1,
@@ -181,7 +181,7 @@ def collect(
     batches: Iterable[dict[str, Any]],
     *,
     cost: costs.Cost = costs.correct_logit,
-    weightings: tuple[str, ...] = ("taylor",),
+    weightings: tuple[str, ...] = ("gradient",),
     moments: tuple[str, ...] = (),
     masks: tuple[BlockMasks, ...] | None = None,
     hidden_every: int = 1,
@@ -198,11 +198,10 @@ def collect(
         padding, all of one shape, such as those of `eval_batches`; global arrays if
         there is a mesh. Where the cost reads no label, any will do.
       cost: function (logits, labels) -> [B], such as those of `costs.COSTS`.
-      weightings: token weights, of `taylor` and `plain`, of the second moments of heads
+      weightings: token weights, of `gradient` and `plain`, of the second moments of heads
         to collect: what `wpac` and `pca` rotate by.
-      moments: token weights, of `gradient` and `plain`, of the second moments of queries,
-        keys, head outputs and hidden units to collect; `attended` beside one for keys
-        under each query's attention too.
+      moments: the same, of those of queries, keys, head outputs and hidden units; with
+        `attended` beside one, of keys under each query's attention too.
       masks: of a sub-network (`subnet.masks`), whose sums are then taken: of all units,
         those that are cut too, on the stream that the cut leaves.
       hidden_every: k >= 1, a divisor of a device's share of a batch. `moments` of hidden
@@ -251,7 +250,7 @@ def collect(
 
 def _check_names(weightings: tuple[str, ...], moments: tuple[str, ...]) -> None:
     second_moments.checked(moments)
-    known = feature_sums.WEIGHTINGS
+    known = second_moments.WEIGHTINGS
     if isinstance(weightings, str) or not set(weightings) <= set(known):
         raise ValueError(
             f"weightings {weightings!r}: a tuple of names, of {', '.join(known)}."
