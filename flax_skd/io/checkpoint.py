@@ -91,10 +91,7 @@ def save_supernet(
     arrays = _under("params", params) | _under("dropout_list", levels)
     if supernet.compensation is not None:
         repairs = jax.tree.map(_to_host, supernet.compensation)
-        packed = packing.pack(repairs)
-        arrays |= _under(
-            "compensation", {k.replace("/", "."): x for k, x in packed.items()}
-        )
+        arrays |= _under("compensation", packing.pack(repairs))
     facts = {
         "levels": int(levels["levels"]),
         "spec": spec.to_dict(),
@@ -156,7 +153,7 @@ def load_supernet(directory: str | os.PathLike) -> SuperNet:
     checked.params(params, spec, SubnetSpec.full(spec), str(arrays))
     repairs = None
     if "compensation" in groups:
-        packed = {k.replace(".", "/"): x for k, x in groups["compensation"].items()}
+        packed = groups["compensation"]
         repairs = folder.parse(arrays, lambda x: checked.repairs(x, spec), packed)
     params = unflatten_dict(params, sep=".")
     return SuperNet(params, spec, levels, fields["provenance"], repairs)

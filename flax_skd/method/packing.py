@@ -31,16 +31,16 @@ def size(compensation: Compensation) -> int:
 
 
 def pack(compensation: Compensation) -> dict[str, np.ndarray]:
-    """Flat arrays to store: `block_3/mlp/mean` [n] and `block_3/mlp/factor`.
+    """Flat arrays to store: `block_3.mlp.mean` [n] and `block_3.mlp.factor`.
 
     Factors are the rows of the lower triangle, one after the other, [n (n + 1) / 2].
     """
     flat = {}
     for kind, repairs in compensation._asdict().items():
         for i, (mean, factor) in enumerate(repairs):
-            flat[f"block_{i}/{kind}/mean"] = np.asarray(mean)
+            flat[f"block_{i}.{kind}.mean"] = np.asarray(mean)
             if factor is not None:
-                flat[f"block_{i}/{kind}/factor"] = _packed(factor)
+                flat[f"block_{i}.{kind}.factor"] = _packed(factor)
     return flat
 
 
@@ -54,8 +54,8 @@ def unpack(flat: Mapping[str, Any], spec: ViTSpec) -> Compensation:
     sizes, shapes = inner_units(spec), {}
     for i in range(spec.depth):
         for kind, n in sizes.items():
-            shapes[f"block_{i}/{kind}/mean"] = (n,)
-            shapes[f"block_{i}/{kind}/factor"] = (n * (n + 1) // 2,)
+            shapes[f"block_{i}.{kind}.mean"] = (n,)
+            shapes[f"block_{i}.{kind}.factor"] = (n * (n + 1) // 2,)
     missing = [name for name in shapes if name.endswith("mean") and name not in flat]
     bad = [k for k, v in flat.items() if shapes.get(k) != np.shape(v)]
     if missing or bad:
@@ -65,7 +65,7 @@ def unpack(flat: Mapping[str, Any], spec: ViTSpec) -> Compensation:
         )
 
     def one(block, kind):
-        mean, factor = (flat.get(f"{block}/{kind}/{name}") for name in Repair._fields)
+        mean, factor = (flat.get(f"{block}.{kind}.{name}") for name in Repair._fields)
         if factor is not None:
             factor = _unpacked(factor, sizes[kind])
         return Repair(np.asarray(mean), factor)
