@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 import rival_steps
-from rival_steps import DECAY, DTYPES, KEEP, RATE, Step, program
+from rival_steps import DECAY, DTYPES, KEEP, RATE, Step, freed_memory, program
 
 from flax_skd.method import attention, macs, vit
 from flax_skd.method.spec import ViTSpec
@@ -133,7 +133,7 @@ def markdown(found: dict[str, dict[str, dict]], args: argparse.Namespace) -> str
     lines.append(
         f"\n{args.variant} at {args.image_size}, {blocks}{args.dtype}, batch {args.batch_size}, "
         f"{average} a moving average, attention {args.attention}, freed memory "
-        f"{timing.freed_memory()}, {args.rounds} rounds; {time_budget.device_name()}, "
+        f"{freed_memory()}, {args.rounds} rounds; {time_budget.device_name()}, "
         f"{os.cpu_count()} cores, jax {jax.__version__}."
     )
     return "\n".join(lines)
@@ -166,7 +166,7 @@ def main() -> None:
         stem.parent.mkdir(parents=True, exist_ok=True)
         flags = {k: v for k, v in vars(args).items() if k != "out"}
         facts = {"rows": found, "cores": os.cpu_count(), "flags": flags}
-        facts["freed_memory"] = timing.freed_memory()
+        facts["freed_memory"] = freed_memory()
         stem.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
         stem.with_suffix(".md").write_text(text + "\n")
 

@@ -89,7 +89,7 @@ class Harness:
             self.batches(key[0]),
             cost=key[1],
             dtype=commands.dtype_named(dtype),
-            weightings=("plain", "taylor"),
+            weightings=("plain", "gradient"),
             moments=self.moments,
         )
         self._work.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,8 @@ from flax_skd.run import objective, train
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # What each pass asks `statistics.batch_sums` for.
 PASSES = {
-    "taylor": {"weightings": ("taylor",)},
-    "both": {"weightings": ("taylor", "plain")},
+    "taylor": {"weightings": ("gradient",)},
+    "both": {"weightings": ("gradient", "plain")},
     "moments": {"weightings": (), "moments": ("gradient",)},
     "few": {"weightings": (), "moments": ("gradient",)},
 }

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rival_steps import DTYPES
+from rival_steps import DTYPES, freed_memory
 
 from flax_skd.io import checkpoint
 from flax_skd.io.extras import require
@@ -265,11 +265,11 @@ def main() -> None:
         f"\n{args.variant} at {args.image_size}, {args.dtype}, batch {args.batch_size}, "
         f"{args.rounds} rounds that take turns, a list of {int(levels.levels)} levels down "
         f"to {smallest / macs.macs(spec):.0%} of the MACs, sizes compiled at 1 and "
-        f"{args.shares} of the MACs, freed memory {timing.freed_memory()}; {jax.devices()[0].device_kind}, {os.cpu_count()} "
+        f"{args.shares} of the MACs, freed memory {freed_memory()}; {jax.devices()[0].device_kind}, {os.cpu_count()} "
         f"cores, jax {jax.__version__}."
     )
     text = "\n".join(lines)
-    found["freed_memory"] = timing.freed_memory()
+    found["freed_memory"] = freed_memory()
     found["flags"] = {k: v for k, v in vars(args).items() if k != "out"}
     print(text)
     if args.out:

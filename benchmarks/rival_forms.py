@@ -61,8 +61,7 @@ def _in_order(network: SuperNet, units, heads=None) -> SuperNet:
 
 
 def _hidden_moment(stats, i):
-    mean = np.asarray(stats.branch_mean(i, "mlp", "plain"), np.float64)
-    return mean, np.asarray(stats.branch_covariance(i, "mlp", "plain"), np.float64)
+    return stats.branch_moment(i, "mlp", "plain")
 
 
 def _only_mlp(spec, repairs) -> Compensation:

@@ -20,6 +20,14 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 RATE, DECAY, KEEP = 1e-4, 0.05, 0.999
 
 
+def freed_memory() -> str:
+    """`kept` if glibc was told to keep what a program frees, else `returned`.
+
+    Returned to the kernel, every page that a step touches is cleared and mapped again.
+    """
+    return "kept" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "returned"
+
+
 class PlainAttention(nn.Module):
     """softmax(q k^T / sqrt(d)) v on [B, H, N, d], one product for q, k and v."""
 

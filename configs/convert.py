@@ -12,14 +12,15 @@ from ml_collections.config_dict import placeholder
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The `model` section of `wpac.py`, and the precision to store."""
+    """How a network is read, in contraction and transfer too; the precision to store."""
     config = ConfigDict()
     config.model = ConfigDict()
-    config.model.path = ""
+    config.model.path = ""  # weights file, its folder, or a directory of ours
     config.model.variant = variant
-    config.model.recipe = ""
+    config.model.recipe = ""  # augreg | augreg_jax | deit | deit3: what a file omits
     config.model.entry = ""  # of a .pth file with several state dicts, which
-    config.model.image_size = 0
+    config.model.image_size = 0  # resample the position embedding; 0 keeps the file's
+    # What a file cannot tell, one by one; these win over variant and recipe.
     config.model.fields = ConfigDict()
     config.model.fields.num_heads = placeholder(int)
     config.model.fields.norm_eps = placeholder(float)

@@ -9,30 +9,13 @@ images, then an eigendecomposition per head. Nothing is trained.
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+
+from flax_skd.run import config_files
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The paper's setting (Li et al., AAAI 2026): 1,024 images, weighted PCA."""
-    config = ConfigDict()
-
-    config.model = ConfigDict()
-    config.model.path = ""  # weights file, its folder, or a directory of ours
-    config.model.variant = variant
-    config.model.recipe = ""  # augreg | augreg_jax | deit | deit3: what a file omits
-    config.model.entry = ""  # of a .pth file with several state dicts, which
-    config.model.image_size = 0  # resample the position embedding; 0 keeps the file's
-    # What a file cannot tell, one by one; these win over variant and recipe.
-    config.model.fields = ConfigDict()
-    config.model.fields.num_heads = placeholder(int)
-    config.model.fields.norm_eps = placeholder(float)
-    config.model.fields.gelu = placeholder(str)
-    config.model.fields.pool = placeholder(str)
-    config.model.fields.mean = placeholder(tuple)
-    config.model.fields.std = placeholder(tuple)
-    config.model.fields.crop_fraction = placeholder(float)
-    config.model.fields.interpolation = placeholder(str)
-    config.model.fields.crop_mode = placeholder(str)
+    config = config_files.load(f"configs/convert.py:{variant}")
 
     config.data = ConfigDict()
     config.data.source = ""  # tar: | folder: | npz: | tfds: | digits:

@@ -436,7 +436,7 @@ def older(tmp_path, spec, supernet):
     network = supernet._replace(params=params, compensation=repairs)
     checkpoint.save_supernet(tmp_path / "older", network)
     levels = {k: np.asarray(v) for k, v in supernet.dropout_list._asdict().items()}
-    packed = unflatten_dict(packing.pack(repairs), sep="/")
+    packed = unflatten_dict(packing.pack(repairs), sep=".")
     tree = {"params": params, "dropout_list": levels, "compensation": packed}
     rewrite(tmp_path / "older", tree)
     return tmp_path / "older", network
@@ -509,11 +509,11 @@ def test_arrays_of_another_form_or_of_endless_size_are_named(
 
 def test_a_compensation_that_is_not_finite_is_named(spec):
     repairs = packing.pack(repairs_of(spec))
-    repairs["block_1/mlp/mean"] = np.full_like(repairs["block_1/mlp/mean"], np.inf)
-    with pytest.raises(ValueError, match="block_1/mlp/mean holds what is no finite"):
+    repairs["block_1.mlp.mean"] = np.full_like(repairs["block_1.mlp.mean"], np.inf)
+    with pytest.raises(ValueError, match="block_1.mlp.mean holds what is no finite"):
         checked.repairs(repairs, spec)
-    del repairs["block_1/mlp/mean"]
-    with pytest.raises(ValueError, match="block_1/mlp/mean.* missing"):
+    del repairs["block_1.mlp.mean"]
+    with pytest.raises(ValueError, match="block_1.mlp.mean.* missing"):
         checked.repairs(repairs, spec)
 
 

@@ -183,7 +183,7 @@ def statistics_program(moments):
     pilot = jax.eval_shape(
         functools.partial(statistics.pilot_means, model), params, batch
     )
-    like = jnp.zeros(()), statistics._shapes(model, ("taylor",), moments)
+    like = jnp.zeros(()), statistics._shapes(model, ("gradient",), moments)
     sums = partial_sums.zeros(like, place)
     options = lambda logits, labels: logits[:, 0], moments, 1
     args = (model, options, place, sums, batch, (params, pilot, None))

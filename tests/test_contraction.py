@@ -151,7 +151,7 @@ def test_equal_eigenvalues_and_dead_units_still_keep_the_function(spec, params, 
 
 def test_a_head_of_zeros_is_nothing_to_order_by(spec, batch):
     fresh = vit.init(spec, jax.random.key(0))
-    options = {"cost": costs.correct_logit, "weightings": ("taylor", "plain")}
+    options = {"cost": costs.correct_logit, "weightings": ("gradient", "plain")}
     batch = {**batch, "weight": np.ones(12, np.float32)}
     stats = statistics.collect(ViT(spec), fresh, [batch], **options)
     for name in ("wpac", "taylor1", "pca"):

@@ -11,7 +11,6 @@ from flax_skd.method.importance import Importance
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 
 GROUPS = Groups(attn=4, mlp=5)
-CONVENTIONS = ("full", "paper")
 
 
 def random_importance(spec, seed, decimals=9):
@@ -20,26 +19,25 @@ def random_importance(spec, seed, decimals=9):
     return Importance(*(np.round(rng.exponential(size=s), decimals) for s in shapes))
 
 
-def saved(spec, widths, convention="full"):
-    return macs.macs(spec, None, convention) - macs.macs(spec, widths, convention)
+def saved(spec, widths):
+    return macs.macs(spec) - macs.macs(spec, widths)
 
 
-def most(spec, convention="full"):
-    return saved(spec, SubnetSpec(*((0,) * spec.depth,) * 3), convention)
+def most(spec):
+    return saved(spec, SubnetSpec(*((0,) * spec.depth,) * 3))
 
 
 def rows_of(dropout_list, spec):
     return [dropout_list.widths(s, spec) for s in range(int(dropout_list.levels) + 1)]
 
 
-def grown(spec, importance, share, groups=GROUPS, convention="full"):
+def grown(spec, importance, share, groups=GROUPS):
     return growth.grow(
         growth.start(spec, groups),
         spec,
         importance,
-        target_macs_saved=share * most(spec, convention),
+        target_macs_saved=share * most(spec),
         groups=groups,
-        convention=convention,
     )
 
 
@@ -125,7 +123,7 @@ def test_every_published_size_has_forty_units_a_block():
 # Lists
 
 
-def every_segment(spec, importance, convention):
+def every_segment(spec, importance):
     """(slope, block, branch, width) of all hull segments, by brute force, sorted."""
     full, out = SubnetSpec.full(spec), []
     for block in range(spec.depth):
@@ -141,7 +139,7 @@ def every_segment(spec, importance, convention):
                     field[block] = width
                     cut[name] = tuple(field)
                 widths = full._replace(**cut)
-                gain = saved(spec, widths, convention)
+                gain = saved(spec, widths)
                 points.append((gain, scores[width:].sum(), width))
             points.sort()
             hull = brute_force_hull([(x, y) for x, y, _ in points])
@@ -151,54 +149,46 @@ def every_segment(spec, importance, convention):
     return sorted(out)
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("seed", range(3))
-def test_the_order_is_that_of_all_hull_segments_sorted(spec, seed, convention):
+def test_the_order_is_that_of_all_hull_segments_sorted(spec, seed):
     importance = random_importance(spec, seed)
     found = growth.removals(
         SubnetSpec.full(spec),
         spec,
         importance,
         groups=GROUPS,
-        convention=convention,
     )
     have = [(r.block, ("attn", "mlp").index(r.branch), r.width) for r in found]
-    want = every_segment(spec, importance, convention)
+    want = every_segment(spec, importance)
     assert have == [w[1:] for w in want]
     np.testing.assert_allclose([r.slope for r in found], [w[0] for w in want])
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize(("seed", "share"), [*enumerate((0.05, 0.3, 0.6, 0.875, 1))])
-def test_lists_are_nested_and_meet_their_target(spec, seed, share, convention):
+def test_lists_are_nested_and_meet_their_target(spec, seed, share):
     importance = random_importance(spec, seed)
-    target = share * most(spec, convention)
-    dropout_list = grown(spec, importance, share, convention=convention)
+    target = share * most(spec)
+    dropout_list = grown(spec, importance, share)
     rows = rows_of(dropout_list, spec)
     piad.from_rows(rows, spec)  # refuses a row that grows
-    gains = [saved(spec, row, convention) for row in rows]
+    gains = [saved(spec, row) for row in rows]
     assert (np.diff(gains) > 0).all()
     assert gains[-1] <= target
-    left = growth.removals(
-        rows[-1], spec, importance, groups=GROUPS, convention=convention
-    )
+    left = growth.removals(rows[-1], spec, importance, groups=GROUPS)
     if share < 1:
         assert gains[-1] + left[0].macs_saved > target
     else:
         assert left == [] and rows[-1].mlp_dim == (0,) * spec.depth
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
-def test_macs_of_removals_are_exact_differences(spec, convention):
+def test_macs_of_removals_are_exact_differences(spec):
     widths = SubnetSpec.full(spec)
     importance = random_importance(spec, 4)
-    for removal in growth.removals(
-        widths, spec, importance, groups=GROUPS, convention=convention
-    ):
+    for removal in growth.removals(widths, spec, importance, groups=GROUPS):
         before, widths = widths, growth.drop(widths, removal)
-        gain = macs.macs(spec, before, convention) - macs.macs(spec, widths, convention)
+        gain = macs.macs(spec, before) - macs.macs(spec, widths)
         assert removal.macs_saved == gain
-    assert saved(spec, widths, convention) == most(spec, convention)
+    assert saved(spec, widths) == most(spec)
 
 
 @pytest.mark.parametrize("decimals", [0, 1, 9])
@@ -245,21 +235,6 @@ def test_ties_go_by_block_and_attention_before_the_mlp(spec):
     want = (["attn"] * 4 + ["mlp"] * 5) * spec.depth
     assert [r.branch for r in found] == want
     assert [r.block for r in found] == sorted(r.block for r in found)
-
-
-def test_a_removed_branch_saves_its_fixed_share_in_the_papers_count(spec):
-    importance = random_importance(spec, 1)
-    widths = SubnetSpec((3,) * 3, (3,) * 3, (8,) * 3)
-    found = {
-        convention: growth.removals(
-            widths, spec, importance, groups=GROUPS, convention=convention
-        )
-        for convention in CONVENTIONS
-    }
-    last = {c: next(r for r in f if r.branch == "mlp") for c, f in found.items()}
-    assert last["full"].macs_saved == 8 * macs.costs(spec).mlp
-    paper = macs.costs(spec, "paper")
-    assert last["paper"].macs_saved == 8 * paper.mlp + paper.mlp_fixed
 
 
 def test_widths_between_group_ends_and_untied_ones_are_cut_to_the_next_end(spec):

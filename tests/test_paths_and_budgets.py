@@ -82,8 +82,7 @@ def test_the_share_of_a_level_finds_that_level(cost):
     full = cost(spec)
     for level in range(int(levels.levels) + 1):
         mine = cost(spec, levels.widths(level, spec))
-        limit = piad.limit_of(mine / full, full)
-        at = piad.level_for(levels, spec, limit, cost=cost)
+        at = piad.level_within(levels, spec, mine / full, cost=cost)
         assert cost(spec, levels.widths(at, spec)) == mine
 
 

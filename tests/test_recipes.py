@@ -61,13 +61,7 @@ def test_repairs_are_of_the_moments_of_the_network_that_was_turned(
     again = statistics_of(turned, batch, recipe)
     want = compensation.from_moments(
         *(
-            [
-                (
-                    np.asarray(again.branch_mean(i, branch, tokens), np.float64),
-                    np.asarray(again.branch_covariance(i, branch, tokens), np.float64),
-                )
-                for i in range(spec.depth)
-            ]
+            [again.branch_moment(i, branch, tokens) for i in range(spec.depth)]
             for branch in ("attn", "mlp")
         ),
         spec,

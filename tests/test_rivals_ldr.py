@@ -83,7 +83,7 @@ def test_a_stage_trains_its_new_components_alone(stage, new):
     base = objective.classification_loss(ViT(DEEP))
     loss = ldr.of_components(base, ldr.chebyshev(DEEP.depth, 4), trains_in)
     parts = components(4)
-    state = TrainState(0, parts, None, None, None, ldr.Stage(np.int32(stage)))
+    state = TrainState(0, parts, None, None, None, stages.Stage(np.int32(stage)))
     step = jax.jit(jax.grad(loss, has_aux=True))
     grads, _ = step(parts, batch_of(), jax.random.key(0), state)
     moved = {

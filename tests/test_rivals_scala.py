@@ -144,7 +144,7 @@ def test_the_grid_is_sampled_on_both_sides_of_the_middle():
     sampling = scala.Sampling(
         grid, lambda drawn: made.append(drawn) or drawn, seed=3, stage=warm
     )
-    extra = scala.Warm(np.int32(0))
+    extra = stages.Stage(np.int32(0))
     assert sampling.before_step(1, extra)[1] == (1.0,)
     extra = warm.begin(1, type("State", (), {"extra": extra}))
     steps = [sampling.before_step(t, extra)[1] for t in range(2000)]

@@ -199,11 +199,7 @@ def test_parameters_are_replicated_by_default(params):
 
 def test_a_rule_cuts_the_axes_that_divide_and_leaves_the_others_whole():
     mesh = sharding.mesh({"data": 2, "model": 4})
-    tree = {"block_0": {"fc1": {"kernel": np.zeros((8, 6)), "bias": np.zeros(6)}}}
-    rules = (("fc1/kernel", PartitionSpec(("model", "data"), "model")),)
-    places = sharding.param_sharding(tree, mesh, rules=rules)["block_0"]["fc1"]
-    assert places["kernel"].spec == PartitionSpec(("model", "data"), None)
-    assert places["bias"].spec == PartitionSpec()
-    rules = ((".", PartitionSpec("fsdp")),)  # an axis this mesh lacks
-    places = sharding.param_sharding(tree, mesh, rules=rules)["block_0"]["fc1"]
-    assert places["bias"].is_fully_replicated
+    tree = {"mlp": {"fc1": {"kernel": np.zeros((8, 12)), "bias": np.zeros(6)}}}
+    places = sharding.param_sharding(tree, mesh)["mlp"]["fc1"]
+    assert places["kernel"].spec == PartitionSpec(None, "model")  # there is no fsdp
+    assert places["bias"].is_fully_replicated  # four devices do not divide six

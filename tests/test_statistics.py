@@ -10,7 +10,7 @@ from flax_skd.io import sources
 from flax_skd.method import costs, statistics
 from flax_skd.method.vit import ViT
 
-BOTH = ("taylor", "plain")
+BOTH = ("gradient", "plain")
 
 
 def collect(spec, params, batch, size, **options):
@@ -61,7 +61,7 @@ def test_covariances_equal_the_formula_in_float64(spec, params, batch, site):
         centred = f - mean[:, None]
         weight = np.abs(f * g).mean(-1)
         np.testing.assert_allclose(got.mean(block, site), mean, rtol=1e-5, atol=1e-6)
-        for name, w in (("taylor", weight), ("plain", np.ones_like(weight))):
+        for name, w in (("gradient", weight), ("plain", np.ones_like(weight))):
             want = np.einsum("bhn,bhnd,bhne->hde", w, centred, centred)
             have = got.covariance(block, site, name)
             np.testing.assert_allclose(have, want, atol=1e-5 * np.abs(want).max())
@@ -184,8 +184,8 @@ def test_a_label_that_is_no_class_is_an_error_unless_it_is_padding(
 
 
 def test_names_and_arrays_that_are_not_there_are_named(spec, params, batch):
-    for names in ("taylor", ("tailor",)):
-        with pytest.raises(ValueError, match="a tuple of names, of taylor, plain"):
+    for names in ("gradient", ("taylor",)):
+        with pytest.raises(ValueError, match="a tuple of names, of gradient, plain"):
             collect(spec, params, batch, 12, weightings=names)
     with pytest.raises(ValueError, match="moments 'gradient': name token weightings"):
         collect(spec, params, batch, 12, moments="gradient")
@@ -199,7 +199,7 @@ def test_no_batches_is_an_error(spec, params):
 
 
 def test_a_moment_that_was_not_collected_says_how_to(spec, params, batch):
-    got = collect(spec, params, batch, 12, weightings=("taylor",))
+    got = collect(spec, params, batch, 12, weightings=("gradient",))
     with pytest.raises(ValueError, match=r"collect them with weightings=\('plain',\)"):
         got.covariance(0, "value", "plain")
 

@@ -48,7 +48,7 @@ def results(mesh, workdir):
     """What one process and two must agree on; numpy arrays by name."""
     model, params = ViT(SPEC), parameters()
     batches = feed.OnMesh(data.eval_batches(images(), SPEC, batch_size=8), mesh)
-    there = feed.placed(params, mesh)
+    there = sharding.gathered(params, mesh)
     sums = statistics.collect(model, there, batches)
     levels = growth.start(SPEC)
     widths = levels.widths(0, SPEC)

@@ -91,10 +91,7 @@ def save_supernet(
     arrays = _under("params", params) | _under("dropout_list", levels)
     if supernet.compensation is not None:
         repairs = jax.tree.map(_to_host, supernet.compensation)
-        packed = packing.pack(repairs)
-        arrays |= _under(
-            "compensation", {k.replace("/", "."): x for k, x in packed.items()}
-        )
+        arrays |= _under("compensation", packing.pack(repairs))
     facts = {
         "levels": int(levels["levels"]),
         "spec": spec.to_dict(),
@@ -156,7 +153,7 @@ def load_supernet(directory: str | os.PathLike) -> SuperNet:
     checked.params(params, spec, SubnetSpec.full(spec), str(arrays))
     repairs = None
     if "compensation" in groups:
-        packed = {k.replace(".", "/"): x for k, x in groups["compensation"].items()}
+        packed = groups["compensation"]
         repairs = folder.parse(arrays, lambda x: checked.repairs(x, spec), packed)
     params = unflatten_dict(params, sep=".")
     return SuperNet(params, spec, levels, fields["provenance"], repairs)
@@ -190,15 +187,9 @@ def save_subnet(
         anything but a sub-network; if params do not match the spec and widths,
         the provenance is not plain JSON, or the place is read-only.
     """
-    spec, widths = network.spec, SubnetSpec(*network.widths).check(network.spec)
+    facts = facts_of(network)
     params = _flat(network.params)
-    checked.params(params, spec, widths, "this sub-network")
-    facts = {
-        "spec": spec.to_dict(),
-        "widths": widths._asdict(),
-        "macs": checked.macs_of(spec, widths),
-        "provenance": network.provenance,
-    }
+    checked.params(params, network.spec, network.widths, "this sub-network")
 
     def write(fresh: pathlib.Path) -> None:
         sums = summed_arrays.write(fresh / SUBNET_FILES[1], params)
@@ -206,6 +197,17 @@ def save_subnet(
         folder.write_json(fresh / SUBNET_FILES[0], "sub-network", fields)
 
     folder.write_whole(directory, write, files=SUBNET_FILES, overwrite=overwrite)
+
+
+def facts_of(network: SubNet) -> dict[str, Any]:
+    """What the JSON of a sub-network says of it, whatever its arrays lie in."""
+    widths = SubnetSpec(*network.widths).check(network.spec)
+    return {
+        "spec": network.spec.to_dict(),
+        "widths": widths._asdict(),
+        "macs": checked.macs_of(network.spec, widths),
+        "provenance": network.provenance,
+    }
 
 
 def load_subnet(directory: str | os.PathLike) -> SubNet:

@@ -11,11 +11,9 @@ import numpy as np
 from flax_skd.io import directory, source_fields, tensor_layout, tensor_sizes
 from flax_skd.io.extras import require
 from flax_skd.io.key_tables import PATCH_KERNEL, REFUSED, TABLES, Flat
-from flax_skd.io.source_fields import RECIPES
 from flax_skd.io.weight_files import ConversionError, locate, read_tensors, sha256
 from flax_skd.method.spec import ViTSpec
 
-__all__ = ["RECIPES", "ConversionError", "Source", "read", "to_timm", "write_timm"]
 _MAX_GRID = 512  # patches along a side
 _CONFIGS = {
     "timm": source_fields.from_timm,
@@ -25,7 +23,7 @@ _CONFIGS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Converted:
     """A checkpoint that was read.
 
     Attributes:
@@ -51,7 +49,7 @@ def read(
     fields: dict[str, Any] | None = None,
     image_size: int | None = None,
     entry: str | None = None,
-) -> Source:
+) -> Converted:
     """Reads a ViT checkpoint of timm/DeiT, Hugging Face, AugReg or big_vision.
 
     Sizes come from the tensors. The rest (heads of a fused qkv, LayerNorm epsilon,
@@ -63,14 +61,15 @@ def read(
         or a folder with such weights and `config.json`.
       variant: a published size, such as `Ti/16`; gives the heads, and the tensors must
         agree.
-      recipe: a key of `RECIPES`: how the family was trained and is evaluated.
+      recipe: how the family was trained and is evaluated: `augreg`, `augreg_jax`,
+        `deit` or `deit3`.
       fields: of `ViTSpec`; they win over config and recipe, not over the tensors.
       image_size: pixels; position embeddings of another size are resampled.
       entry: of a `.pth` file that holds several state dicts, which to take, such as
         `model_ema` or `state_dict_ema`.
 
     Returns:
-      A `Source`: the params as float32, whatever the file's float type, their spec,
+      A `Converted`: the params as float32, whatever the file's float type, their spec,
       and where they came from.
 
     Raises:
@@ -100,7 +99,7 @@ def read(
             params, spec = _resample(params, spec, image_size)
     except ConversionError as error:
         raise ConversionError(f"{os.fspath(path)}: {error}") from error
-    return Source(params, spec, sha256(files), os.fspath(path), family)
+    return Converted(params, spec, sha256(files), os.fspath(path), family)
 
 
 def _family(tensors: Flat) -> str:

@@ -68,6 +68,24 @@ def write_whole(
     barrier(f"wrote {target.name}")
 
 
+def write_files(
+    directory: str | os.PathLike,
+    files: tuple[str, ...],
+    noun: str,
+    facts: dict[str, Any],
+    *contents: bytes,
+    overwrite: bool,
+) -> None:
+    """`write_whole` of `files`: first a JSON of `noun` and `facts`, then `contents`."""
+
+    def write(fresh: pathlib.Path) -> None:
+        write_json(fresh / files[0], noun, facts)
+        for name, content in zip(files[1:], contents, strict=True):
+            (fresh / name).write_bytes(content)
+
+    write_whole(directory, write, files=files, overwrite=overwrite)
+
+
 @contextlib.contextmanager
 def replaced(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A new name to write a file at, which takes the name `path` if all goes well."""

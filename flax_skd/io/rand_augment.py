@@ -13,6 +13,9 @@ import numpy as np
 from flax_skd.io.extras import require
 
 _MOST = 10.0  # the end of the scale
+_STD = 0.5  # of the magnitudes drawn
+_COUNT = 2  # operations drawn, with replacement
+_PROBABILITY = 0.5  # that one which was drawn is applied
 _DEGREES = 30
 _SHEAR = 0.3
 _SHIFT = 0.45  # of the side
@@ -133,12 +136,9 @@ def rand_augment(
     *,
     fill: Sequence[int],
     magnitude: float = 9.0,
-    std: float = 0.5,
-    operations: int = 2,
-    probability: float = 0.5,
     resample: str = "bicubic",
 ):
-    """A few random operations on an image, one after the other.
+    """Two random operations on an image, each applied half of the time.
 
     Args:
       image: a PIL image, RGB or L (grey).
@@ -146,9 +146,6 @@ def rand_augment(
       fill: 0 to 255 for each channel: the colour of pixels from outside the image.
       magnitude: mean of the normal law the magnitude of each operation is drawn from;
         cut to 0..10.
-      std: its standard deviation.
-      operations: how many are drawn, from `OPERATIONS` with replacement.
-      probability: that one which was drawn is applied.
       resample: `bicubic` or `bilinear`.
 
     Returns:
@@ -157,15 +154,10 @@ def rand_augment(
     Raises:
       ValueError: if an option is not possible, or the image of another mode.
     """
-    if std < 0 or operations < 0 or not 0 <= probability <= 1:
-        raise ValueError(
-            f"std = {std} and operations = {operations} must not be negative, and "
-            f"probability = {probability} in [0, 1]."
-        )
-    for name in rng.choice(OPERATIONS, size=operations):
-        if rng.random() >= probability:
+    for name in rng.choice(OPERATIONS, size=_COUNT):
+        if rng.random() >= _PROBABILITY:
             continue
-        drawn = float(np.clip(rng.normal(magnitude, std), 0, _MOST))
+        drawn = float(np.clip(rng.normal(magnitude, _STD), 0, _MOST))
         direction = 1 if rng.random() < 0.5 else -1
         image = apply(
             image,

@@ -89,21 +89,9 @@ def candidates(
             )
             # A head without queries is no head: attention goes as a whole.
             gone = ("qk_dim", "vo_dim") if not smaller and kind != "mlp" else fields
-            cut = _cut(widths, block, gone, smaller)
+            cut = piad.narrowed(widths, block, gone, smaller)
             found.append(Step(block, kind, cut, now - cost(spec, cut), 0.0))
     return found
-
-
-def _cut(
-    widths: SubnetSpec, block: int, fields: Sequence[str], width: int
-) -> SubnetSpec:
-    """`widths` with some fields of one block at most `width`."""
-    changed = {}
-    for field in fields:
-        sizes = list(getattr(widths, field))
-        sizes[block] = min(sizes[block], width)
-        changed[field] = tuple(sizes)
-    return widths._replace(**changed)
 
 
 def allocate(

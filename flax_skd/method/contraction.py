@@ -16,7 +16,7 @@ import numpy as np
 from flax_skd.method import balance
 from flax_skd.method.pass_checks import check_gradients
 from flax_skd.method.spec import ViTSpec
-from flax_skd.method.statistics import HIGHEST, Statistics
+from flax_skd.method.statistics import Statistics
 from flax_skd.method.vit import Array, Params
 
 
@@ -151,7 +151,7 @@ def balanced_criterion(options: balance.Balanced) -> Criterion:
     def axes(block, statistics, index, rng):
         query = key = value = out = None
         if not both:
-            query, key, value, out = _pca("taylor")(block, statistics, index, rng)
+            query, key, value, out = _pca("gradient")(block, statistics, index, rng)
         if "qk" in parts:
             query, key = balance.query_key(statistics, index, options)
         if "vo" in parts:
@@ -159,14 +159,14 @@ def balanced_criterion(options: balance.Balanced) -> Criterion:
         return tuple(map(jnp.asarray, (query, key, value, out)))
 
     reads = "gradient" in (*options.moments(), options.metric) or not both
-    weightings = () if both else ("taylor",)
+    weightings = () if both else ("gradient",)
     return Criterion(axes, "taylor2", weightings, options.moments(), reads)
 
 
 # The authors' program orders hidden units by sum (g h)^2 / 2, the paper's text by
 # sum |g h|; `units="taylor1"` gives the latter.
 CRITERIA: dict[str, Criterion] = {
-    "wpac": Criterion(_pca("taylor"), "taylor2", ("taylor",)),
+    "wpac": Criterion(_pca("gradient"), "taylor2", ("gradient",)),
     "pca": Criterion(_pca("plain"), "taylor2", ("plain",), gradients=False),
     "taylor1": Criterion(_taylor("taylor1"), "taylor1"),
     "taylor2": Criterion(_taylor("taylor2"), "taylor2"),
@@ -265,7 +265,8 @@ def _inject_block(block: Params, basis: Basis) -> Params:
 
 def _einsum(equation: str, kernel: Array, rotation: Array) -> Array:
     wide = kernel.astype(jnp.float32)
-    return jnp.einsum(equation, wide, rotation, precision=HIGHEST).astype(kernel.dtype)
+    turned = jnp.einsum(equation, wide, rotation, precision="highest")
+    return turned.astype(kernel.dtype)
 
 
 def contract(
@@ -282,8 +283,8 @@ def contract(
     Args:
       params: of the full network the statistics were collected on.
       spec: its sizes.
-      statistics: of `statistics.collect`, with the criterion's weightings and moments.
-      criterion: a key of `CRITERIA`, or a `Criterion`.
+      statistics: of `collect`, with `weightings` and `moments` as of `CRITERIA[name]`.
+      criterion: `wpac`, `balanced` or another key of `CRITERIA`, or a `Criterion`.
       units: a key of `UNIT_ORDERS`, or permutations [M], one a block; None for the
         criterion's own.
       seed: of the random criterion.

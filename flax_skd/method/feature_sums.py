@@ -1,9 +1,7 @@
 """Sums of one feature of one block: what a batch adds to the statistics."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from flax_skd.method import second_moments
@@ -11,13 +9,6 @@ from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import Array
 
 SITES = ("query", "key", "value", "hidden")
-HIGHEST = jax.lax.Precision.HIGHEST
-
-# Weight of a token of a head [B, H, N] from f, g [B, H, N, d].
-WEIGHTINGS: dict[str, Callable[[Array, Array], Array]] = {
-    "taylor": second_moments.WEIGHTINGS["gradient"].own,
-    "plain": second_moments.WEIGHTINGS["plain"].own,
-}
 
 
 class Moments(NamedTuple):
@@ -74,12 +65,12 @@ def of(feature: Array, gradient: Array, seen: Any, zeros: FeatureSums) -> Featur
     present = centred * live[..., None]
     moments = {}
     for name in zeros.moments:
-        weight = WEIGHTINGS[name](f, g) * live
+        weight = second_moments.WEIGHTINGS[name].own(f, g) * live
         weighted = weight[..., None] * centred
         moments[name] = Moments(
             weight.sum((0, 2)),
             weighted.sum((0, 2)),
-            jnp.einsum("bhnd,bhne->hde", weighted, centred, precision=HIGHEST),
+            jnp.einsum("bhnd,bhne->hde", weighted, centred, precision="highest"),
         )
     # g is zero for a padded example: the cost does not see it.
     return FeatureSums(

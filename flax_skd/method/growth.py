@@ -101,9 +101,9 @@ def start(spec: ViTSpec, groups: Groups = PAPER_GROUPS) -> DropoutList:
     return piad.from_rows([full], spec, max_levels=capacity(spec, groups))
 
 
-def progressive_epochs(epochs: int, *, most: int = 50) -> int:
+def progressive_epochs(epochs: float) -> int:
     """Epochs that grow the list: a third of the run, at most the paper's 50."""
-    return min(most, max(1, round(epochs / 3)))
+    return min(50, max(1, round(epochs / 3)))
 
 
 def schedule(
@@ -138,7 +138,6 @@ def grow(
     *,
     target_macs_saved: float,
     groups: Groups = PAPER_GROUPS,
-    convention: str = "full",
 ) -> DropoutList:
     """Appends the least important removals while a target of saved MACs is kept.
 
@@ -147,9 +146,9 @@ def grow(
       spec: the full network.
       importance: measured at the smallest level of the list.
       target_macs_saved: most that the smallest level may save against the full
-        network (`schedule`); growth stops before the first removal that exceeds it.
+        network, full count (`schedule`); growth stops before the first removal that
+        exceeds it.
       groups: units of every branch.
-      convention: of the MACs, `full` or `paper`.
 
     Returns:
       A list of numpy tables of the same shape, with more levels or the same.
@@ -160,11 +159,11 @@ def grow(
     """
     tables, levels = _tables(dropout_list, spec), int(dropout_list.levels)
     widths = dropout_list.widths(levels, spec)
-    full = macs.macs(spec, None, convention)
-    saved = full - macs.macs(spec, widths, convention)
-    _check_target(target_macs_saved, spec, saved, convention)
-    rows, options = [], {"groups": groups, "convention": convention}
-    for removal in removals(widths, spec, importance, **options):
+    full = macs.macs(spec)
+    saved = full - macs.macs(spec, widths)
+    _check_target(target_macs_saved, spec, saved)
+    rows = []
+    for removal in removals(widths, spec, importance, groups=groups):
         saved += removal.macs_saved
         if saved > target_macs_saved:
             break
@@ -179,13 +178,12 @@ def removals(
     importance: Importance,
     *,
     groups: Groups = PAPER_GROUPS,
-    convention: str = "full",
 ) -> list[Removal]:
     """Everything that can still be dropped, in the order in which it goes.
 
     Args:
       widths: of the smallest level so far.
-      spec, importance, groups, convention: as in `grow`.
+      spec, importance, groups: as in `grow`.
 
     Returns:
       `Removal`s by rising slope; equal ones by block, attention before MLP.
@@ -197,19 +195,19 @@ def removals(
         sizes = {name: field[block] for name, field in zip(widths._fields, widths)}
         for branch in BRANCHES:
             dims = getattr(importance, branch)[block]
-            steps = _steps(sizes, ends_of[branch], branch, dims, spec, convention)
+            steps = _steps(sizes, ends_of[branch], branch, dims, spec)
             found += lower_hull(Removal(block, branch, *step) for step in steps)
     # Stable: ties stay in the order they were found.
     return sorted(found, key=lambda removal: removal.slope)
 
 
-def _steps(sizes, ends, branch, importance, spec, convention):
+def _steps(sizes, ends, branch, importance, spec):
     """(width, MACs saved, importance lost) of one group after another, from the end."""
     one, whole = spec.replace(depth=1), {n: (w,) for n, w in sizes.items()}
 
     def count(width):
         cut = {n: (min(sizes[n], width),) for n in BRANCHES[branch]}
-        return macs.macs(one, SubnetSpec(**{**whole, **cut}), convention)
+        return macs.macs(one, SubnetSpec(**{**whole, **cut}))
 
     now = max(sizes[name] for name in BRANCHES[branch])
     for width in (w for w in reversed(ends) if w < now):
@@ -237,18 +235,16 @@ def lower_hull(steps: Iterable[Removal]) -> list[Removal]:
 
 def drop(widths: SubnetSpec, removal: Removal) -> SubnetSpec:
     """The widths after a removal."""
-    fields = {name: list(getattr(widths, name)) for name in BRANCHES[removal.branch]}
-    for field in fields.values():
-        field[removal.block] = min(field[removal.block], removal.width)
-    return widths._replace(**{name: tuple(field) for name, field in fields.items()})
+    fields = BRANCHES[removal.branch]
+    return piad.narrowed(widths, removal.block, fields, removal.width)
 
 
-def _check_target(target: float, spec: ViTSpec, saved: int, convention: str) -> None:
+def _check_target(target: float, spec: ViTSpec, saved: int) -> None:
     if not 0 <= target < math.inf:
         raise ValueError(f"target_macs_saved = {target} must be finite and >= 0.")
-    nothing = SubnetSpec(*((0,) * spec.depth,) * 3)
-    full = macs.macs(spec, None, convention)
-    most = full - macs.macs(spec, nothing, convention)
+    nothing = SubnetSpec.uniform(spec, 0, 0, 0)
+    full = macs.macs(spec)
+    most = full - macs.macs(spec, nothing)
     if target <= most:
         return
     asked = f"target_macs_saved = {macs.readable(int(target))}"

@@ -97,7 +97,8 @@ class Importance(NamedTuple):
             message names the block.
         """
         checked = Importance(*(np.asarray(field, np.float64) for field in self))
-        for name, field, size in zip(self._fields, checked, _sizes(spec)):
+        sizes = spec.head_dim, spec.mlp_dim
+        for name, field, size in zip(self._fields, checked, sizes):
             if field.shape != (spec.depth, size):
                 raise ValueError(
                     f"importance of {name} has shape {field.shape}, the network "
@@ -159,7 +160,7 @@ def measure(
       ValueError: if there is no image, a batch lacks an array, or a sum is not finite
         (the block is named).
     """
-    widths = SubnetSpec(*(np.asarray(field, np.int32) for field in widths))
+    widths = subnet.as_data(widths)
     widths.check(model.spec)
     total = None
     for batch in batches:
@@ -275,10 +276,6 @@ def _shares(scores: np.ndarray, left: np.ndarray) -> np.ndarray:
     dead = ~(scores * inside).any(1, keepdims=True)
     scores = np.where(inside, np.where(dead, 1.0, scores), 0.0)
     return scores / np.maximum(scores.sum(1, keepdims=True), np.finfo(float).tiny)
-
-
-def _sizes(spec: ViTSpec) -> tuple[int, int]:
-    return spec.head_dim, spec.mlp_dim
 
 
 def _check_finite(what: str, field: np.ndarray) -> None:

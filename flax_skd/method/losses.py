@@ -31,54 +31,22 @@ def cross_entropies(
 
 
 def cross_entropy(
-    logits: Array,
-    labels: Array,
-    *,
-    weights: Array | None = None,
-    label_smoothing: float = 0.0,
+    logits: Array, labels: Array, *, label_smoothing: float = 0.0
 ) -> Array:
-    """Mean of `cross_entropies`, weighted if asked.
-
-    Args:
-      logits: [B, K].
-      labels: int [B] or float [B, K].
-      weights: [B], not negative; 0 leaves an example out, as padding. 0 if all are.
-      label_smoothing: share of the target spread over all K classes.
-
-    Returns:
-      [], float32.
-    """
-    values = cross_entropies(logits, labels, label_smoothing=label_smoothing)
-    return weighted_mean(values, weights)
+    """Mean of `cross_entropies`, of the same arguments, [] in float32."""
+    return cross_entropies(logits, labels, label_smoothing=label_smoothing).mean()
 
 
-def accuracy(logits: Array, labels: Array, *, weights: Array | None = None) -> Array:
+def accuracy(logits: Array, labels: Array) -> Array:
     """Share of examples whose largest logit is the label's.
 
     Args:
       logits: [B, K].
       labels: int [B], or float [B, K] of which the largest counts.
-      weights: [B], as in `cross_entropy`.
 
     Returns:
       [], float32.
     """
     if labels.ndim == 2:
         labels = labels.argmax(-1)
-    hits = (logits.argmax(-1) == labels).astype(jnp.float32)
-    return weighted_mean(hits, weights)
-
-
-def weighted_mean(values: Array, weights: Array | None = None) -> Array:
-    """sum(weights * values) / sum(weights); 0 if the weights are all 0.
-
-    Args:
-      values: [B]; those of weight 0 may be nan.
-      weights: [B], not negative; None for all 1.
-    """
-    if weights is None:
-        return values.mean()
-    total = weights.sum()
-    # The inner `where` keeps nan of padded examples out of sum and gradient.
-    kept = jnp.where(weights > 0, values, 0.0) * weights
-    return kept.sum() / jnp.where(total > 0, total, 1.0)
+    return (logits.argmax(-1) == labels).astype(jnp.float32).mean()

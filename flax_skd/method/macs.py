@@ -85,17 +85,18 @@ def macs(
       ValueError: if the convention is unknown, or the widths do not fit `spec`.
     """
     cost = costs(spec, convention)
-    widths = (
-        SubnetSpec.full(spec) if widths is None else SubnetSpec(*widths).check(spec)
-    )
     return cost.embed_and_head + sum(
         qk * cost.qk
         + vo * cost.vo
         + mlp * cost.mlp
         + bool(vo) * cost.attn_fixed
         + bool(mlp) * cost.mlp_fixed
-        for qk, vo, mlp in zip(*widths)
+        for qk, vo, mlp in zip(*_known(spec, widths))
     )
+
+
+def _known(spec: ViTSpec, widths: SubnetSpec | None) -> SubnetSpec:
+    return SubnetSpec.full(spec) if widths is None else SubnetSpec(*widths).check(spec)
 
 
 def param_count(spec: ViTSpec, widths: SubnetSpec | None = None) -> int:
@@ -112,16 +113,13 @@ def param_count(spec: ViTSpec, widths: SubnetSpec | None = None) -> int:
       ValueError: if the widths do not fit `spec`; the message names the block.
     """
     d, h = spec.width, spec.num_heads
-    widths = (
-        SubnetSpec.full(spec) if widths is None else SubnetSpec(*widths).check(spec)
-    )
     tokens = spec.num_tokens if spec.pos_embed_prefix else spec.grid**2
     total = spec.patch_size**2 * spec.in_channels * d + d + (tokens * d)
     total += spec.num_prefix * d + 2 * d * (1 + spec.pre_norm)
     total += spec.pre_logits * (d + 1)
     total += _head_kernels(spec) + spec.num_classes * (1 + spec.distilled)
     scale = d * spec.layer_scale
-    for qk, vo, mlp in zip(*widths):
+    for qk, vo, mlp in zip(*_known(spec, widths)):
         if vo:
             total += 2 * d + scale + 2 * h * (qk + vo) * d + d
             total += (2 * qk + vo) * h * spec.qkv_bias

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from flax_skd.method.compensation import Compensation, Repair, inner_units, of_each
@@ -20,28 +19,28 @@ def cast(compensation: Compensation, dtype: Any) -> Compensation:
     return of_each(compensation, one)
 
 
-def size(compensation: Compensation, dtype: Any = None) -> int:
-    """Bytes that `pack` of this takes, its factors in `dtype` (None: as they are)."""
+def size(compensation: Compensation) -> int:
+    """Bytes that `pack` of this takes."""
     total = 0
     for repair in (*compensation.attn, *compensation.mlp):
         total += repair.mean.nbytes
         if repair.factor is not None:
             n = len(repair.factor)
-            total += n * (n + 1) // 2 * jnp.dtype(dtype or repair.factor.dtype).itemsize
+            total += n * (n + 1) // 2 * repair.factor.dtype.itemsize
     return total
 
 
 def pack(compensation: Compensation) -> dict[str, np.ndarray]:
-    """Flat arrays to store: `block_3/mlp/mean` [n] and `block_3/mlp/factor`.
+    """Flat arrays to store: `block_3.mlp.mean` [n] and `block_3.mlp.factor`.
 
     Factors are the rows of the lower triangle, one after the other, [n (n + 1) / 2].
     """
     flat = {}
     for kind, repairs in compensation._asdict().items():
         for i, (mean, factor) in enumerate(repairs):
-            flat[f"block_{i}/{kind}/mean"] = np.asarray(mean)
+            flat[f"block_{i}.{kind}.mean"] = np.asarray(mean)
             if factor is not None:
-                flat[f"block_{i}/{kind}/factor"] = _packed(factor)
+                flat[f"block_{i}.{kind}.factor"] = _packed(factor)
     return flat
 
 
@@ -55,8 +54,8 @@ def unpack(flat: Mapping[str, Any], spec: ViTSpec) -> Compensation:
     sizes, shapes = inner_units(spec), {}
     for i in range(spec.depth):
         for kind, n in sizes.items():
-            shapes[f"block_{i}/{kind}/mean"] = (n,)
-            shapes[f"block_{i}/{kind}/factor"] = (n * (n + 1) // 2,)
+            shapes[f"block_{i}.{kind}.mean"] = (n,)
+            shapes[f"block_{i}.{kind}.factor"] = (n * (n + 1) // 2,)
     missing = [name for name in shapes if name.endswith("mean") and name not in flat]
     bad = [k for k, v in flat.items() if shapes.get(k) != np.shape(v)]
     if missing or bad:
@@ -66,7 +65,7 @@ def unpack(flat: Mapping[str, Any], spec: ViTSpec) -> Compensation:
         )
 
     def one(block, kind):
-        mean, factor = (flat.get(f"{block}/{kind}/{name}") for name in Repair._fields)
+        mean, factor = (flat.get(f"{block}.{kind}.{name}") for name in Repair._fields)
         if factor is not None:
             factor = _unpacked(factor, sizes[kind])
         return Repair(np.asarray(mean), factor)

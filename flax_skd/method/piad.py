@@ -1,7 +1,7 @@
 """Dropout lists: nested sub-networks as rows of a table, and budgets into it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -79,6 +79,16 @@ def from_rows(rows: list[SubnetSpec], spec: ViTSpec, *, max_levels: int = 0):
     return DropoutList(*tables, levels=np.int32(len(rows) - 1))
 
 
+def narrowed(
+    widths: SubnetSpec, block: int, fields: Sequence[str], width: int
+) -> SubnetSpec:
+    """`widths` with some fields of one block at most `width`."""
+    changed = {name: list(getattr(widths, name)) for name in fields}
+    for sizes in changed.values():
+        sizes[block] = min(sizes[block], width)
+    return widths._replace(**{name: tuple(s) for name, s in changed.items()})
+
+
 def uniform(spec: ViTSpec, *, steps: int = 32) -> DropoutList:
     """All blocks alike: level s keeps (steps - s) / steps of every branch.
 
@@ -151,15 +161,6 @@ def sample_level_by_macs(
     return jnp.minimum(above.sum(-1), dropout_list.levels).astype(jnp.int32)
 
 
-def limit_of(share: float, full: float) -> float:
-    """A share of a count as a limit for `level_for`.
-
-    A level's own share, a quotient of two counts, finds that level: what the division
-    rounded off is given back.
-    """
-    return share * full * (1 + 1e-14)
-
-
 def level_for(
     dropout_list: DropoutList,
     spec: ViTSpec,
@@ -196,6 +197,23 @@ def level_for(
         f"{macs.readable(smallest)} ({smallest:,}). Ask for at least that, or make a "
         "list that goes further down."
     )
+
+
+def level_within(
+    dropout_list: DropoutList,
+    spec: ViTSpec,
+    budget: float,
+    *,
+    cost: Callable[[ViTSpec, SubnetSpec], float] = macs.macs,
+) -> int:
+    """`level_for` of a count or, at most 1, of a share of the full network's.
+
+    A level's own share, a quotient of two counts, finds that level: what the division
+    rounded off is given back.
+    """
+    if budget <= 1:
+        budget = budget * cost(spec, SubnetSpec.full(spec)) * (1 + 1e-14)
+    return level_for(dropout_list, spec, budget, cost=cost)
 
 
 def _readable(limit: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_skd.method import compensation, moments
+from flax_skd.method import compensation
 from flax_skd.method.compensation import Compensation
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.statistics import Statistics
@@ -28,7 +28,6 @@ def own_compensation(
     widths: SubnetSpec,
     *,
     tokens: str = "gradient",
-    ridge: float = moments.RIDGE,
 ) -> Compensation:
     """The compensation of the network that statistics were taken of, cut or not.
 
@@ -39,21 +38,12 @@ def own_compensation(
       stored: stands for branches that are removed, which no gradient reaches.
       widths: of the cut.
       tokens: weights of tokens in the moments.
-      ridge: of covariances, see `moments.regularised`.
     """
-
-    def moment(block, branch):
-        mean = np.asarray(statistics.branch_mean(block, branch, tokens), np.float64)
-        covariance = statistics.branch_covariance(block, branch, tokens)
-        return mean, np.asarray(covariance, np.float64)
-
-    blocks = range(spec.depth)
-    fresh = compensation.from_moments(
-        [moment(i, "attn") for i in blocks],
-        [moment(i, "mlp") for i in blocks],
-        spec,
-        ridge=ridge,
+    attn, mlp = (
+        [statistics.branch_moment(i, branch, tokens) for i in range(spec.depth)]
+        for branch in ("attn", "mlp")
     )
+    fresh = compensation.from_moments(attn, mlp, spec)
     kept = Compensation(attn=widths.vo_dim, mlp=widths.mlp_dim)
     return Compensation(
         *(

@@ -8,7 +8,6 @@ import numpy as np
 
 Array = jax.Array
 Repair = tuple[Any, Any]  # of `compensation`: mean [n], factor [n, n] or None
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def traced(repair: Repair, kernel: Array, bias: Array, width: Array):
@@ -27,10 +26,10 @@ def traced(repair: Repair, kernel: Array, bias: Array, width: Array):
     new = kept * kernel
     if factor is not None:
         factor = factor.astype(jnp.float32)
-        seen = kept * jnp.matmul(factor.T, kernel - new, precision=_HIGHEST)
+        seen = kept * jnp.matmul(factor.T, kernel - new, precision="highest")
         solved = jax.scipy.linalg.solve_triangular(factor, seen, trans=1, lower=True)
         new = new + kept * solved
-    lost = jnp.matmul(mean.astype(jnp.float32), kernel - new, precision=_HIGHEST)
+    lost = jnp.matmul(mean.astype(jnp.float32), kernel - new, precision="highest")
     return new, bias.astype(jnp.float32) + lost
 
 

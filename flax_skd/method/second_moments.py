@@ -17,7 +17,6 @@ from flax_skd.method.observed import observed
 from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import Array, BlockMasks, Taps
 
-_HIGHEST = jax.lax.Precision.HIGHEST
 ATTENDED = "attended"  # asks for `BlockMoments.key_attended`; not a weighting
 # Output of a branch: (its field of BlockMoments, the tap of its inner units).
 BRANCHES = {"attn_out": ("attn", "mixed"), "mlp_out": ("mlp", "hidden")}
@@ -170,7 +169,7 @@ def taps(
 
 def _outer(left: Array, right: Array) -> Array:
     """Sums of left^T right over images and tokens, a matrix a head."""
-    return jnp.einsum("bhnd,bhne->hde", left, right, precision=_HIGHEST)
+    return jnp.einsum("bhnd,bhne->hde", left, right, precision="highest")
 
 
 def _head_sums(feature, gradient, seen, names, centre=lambda f: f):
@@ -197,9 +196,9 @@ def _key_sums(feature, gradient, seen, names):
 def _attended(queries: Array, keys: Array, live: Array) -> Array:
     """Covariances of keys under each query's attention, summed over queries."""
     # Softmax and covariance alike do not see that the keys were centred.
-    scores = jnp.einsum("bhid,bhjd->bhij", queries, keys, precision=_HIGHEST)
+    scores = jnp.einsum("bhid,bhjd->bhij", queries, keys, precision="highest")
     attention = jax.nn.softmax(scores) * live.reshape(-1, 1, 1, 1)
-    means = jnp.einsum("bhij,bhjd->bhid", attention, keys, precision=_HIGHEST)
+    means = jnp.einsum("bhij,bhjd->bhid", attention, keys, precision="highest")
     weighted = attention.sum(2)[..., None] * keys
     return _outer(weighted, keys) - _outer(means, means)
 
@@ -210,7 +209,7 @@ def _branch_sums(output, gradient, seen, names, *, every):
     f, g = f.astype(jnp.float32), g.astype(jnp.float32)
     if f.ndim == 4:  # [B, H, N, d]
         f = f.swapaxes(1, 2).reshape(*g.shape[:2], -1)
-    product = functools.partial(jnp.einsum, "bnc,bne->ce", precision=_HIGHEST)
+    product = functools.partial(jnp.einsum, "bnc,bne->ce", precision="highest")
     sums = {}
     for name, zeros in names.items():
         centred = f - seen["pilot"][name].reshape(1, 1, -1)

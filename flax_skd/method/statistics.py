@@ -13,23 +13,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_skd.method import costs, feature_sums, partial_sums, pilots, second_moments
-from flax_skd.method.feature_sums import HIGHEST, SITES, FeatureSums, Moments
+from flax_skd.method.feature_sums import SITES, FeatureSums
 from flax_skd.method.observed import observed
 from flax_skd.method.pass_checks import arrays_of, check_every, check_finite
 from flax_skd.method.vit import Array, BlockMasks, Params, ViT
-
-__all__ = [
-    "HIGHEST",
-    "SITES",
-    "FeatureSums",
-    "Moments",
-    "Statistics",
-    "batch_sums",
-    "collect",
-    "pilot_means",
-]
 
 
 class Statistics(NamedTuple):
@@ -84,6 +74,12 @@ class Statistics(NamedTuple):
         moments = second_moments.of_branch(self.branches, block, branch, weighting)
         return second_moments.covariance(moments)
 
+    def branch_moment(self, block: int, branch: str, weighting: str):
+        """Both of these in float64 on the host, a `moments.Moment`."""
+        asked = block, branch, weighting
+        both = self.branch_mean(*asked), self.branch_covariance(*asked)
+        return tuple(np.asarray(x, np.float64) for x in both)
+
 
 def pilot_means(model: ViT, params: Params, batch: dict[str, Array], masks=None):
     """Mean of every feature over one batch, the point the sums are taken about.
@@ -113,7 +109,7 @@ def batch_sums(
     pilot: tuple[dict[str, Array], ...],
     *,
     cost: costs.Cost = costs.correct_logit,
-    weightings: tuple[str, ...] = ("taylor",),
+    weightings: tuple[str, ...] = ("gradient",),
     moments: tuple[str, ...] = (),
     masks: tuple[BlockMasks, ...] | None = None,
     hidden_every: int = 1,
@@ -185,7 +181,7 @@ def collect(
     batches: Iterable[dict[str, Any]],
     *,
     cost: costs.Cost = costs.correct_logit,
-    weightings: tuple[str, ...] = ("taylor",),
+    weightings: tuple[str, ...] = ("gradient",),
     moments: tuple[str, ...] = (),
     masks: tuple[BlockMasks, ...] | None = None,
     hidden_every: int = 1,
@@ -202,15 +198,18 @@ def collect(
         padding, all of one shape, such as those of `eval_batches`; global arrays if
         there is a mesh. Where the cost reads no label, any will do.
       cost: function (logits, labels) -> [B], such as those of `costs.COSTS`.
-      weightings: which second moments of heads to collect, of `taylor` and `plain`.
-      moments: weightings of `second_moments` to collect, of units and head outputs.
+      weightings: token weights, of `gradient` and `plain`, of the second moments of heads
+        to collect: what `wpac` and `pca` rotate by.
+      moments: the same, of those of queries, keys, head outputs and hidden units; with
+        `attended` beside one, of keys under each query's attention too.
       masks: of a sub-network (`subnet.masks`), whose sums are then taken: of all units,
         those that are cut too, on the stream that the cut leaves.
       hidden_every: k >= 1, a divisor of a device's share of a batch. `moments` of hidden
         units, the dearest sums, are then those of every k-th image alone.
 
     Returns:
-      `Statistics`, as `contract` takes them.
+      `Statistics`, as `contract` takes them; a criterion says what it reads of
+      `weightings` and `moments` (`contraction.CRITERIA`).
 
     Raises:
       ValueError: if there is no batch or one is no dict or lacks an array, a name is
@@ -251,7 +250,7 @@ def collect(
 
 def _check_names(weightings: tuple[str, ...], moments: tuple[str, ...]) -> None:
     second_moments.checked(moments)
-    known = feature_sums.WEIGHTINGS
+    known = second_moments.WEIGHTINGS
     if isinstance(weightings, str) or not set(weightings) <= set(known):
         raise ValueError(
             f"weightings {weightings!r}: a tuple of names, of {', '.join(known)}."

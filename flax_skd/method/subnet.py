@@ -73,6 +73,11 @@ def _known(widths: Any) -> bool:
     return not any(isinstance(w, jax.Array) for w in jax.tree.leaves(widths))
 
 
+def as_data(widths: SubnetSpec) -> SubnetSpec:
+    """Widths as int32 arrays: data of a compiled program, which then serves them all."""
+    return SubnetSpec(*(np.asarray(field, np.int32) for field in widths))
+
+
 def masked(params: Params, spec: ViTSpec, widths: SubnetSpec) -> Params:
     """Parameters with which the full network computes what the sub-network computes.
 

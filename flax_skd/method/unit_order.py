@@ -15,7 +15,6 @@ import numpy as np
 from flax_skd.method.moments import RIDGE, factor_of, regularised
 from flax_skd.method.vit import Array
 
-_HIGHEST = jax.lax.Precision.HIGHEST
 _SMALLEST_STAGE = 64
 _DEAD = 1e-10  # of the largest variance: the rounding of a constant feature
 _TIE = 1e-5  # relative: the rounding of a score
@@ -152,7 +151,7 @@ def _stage(inverse: Array, rows: Array, *, blocks: int, steps: int) -> Array:
         one = functools.partial(_remove, inverse, rows, done)
         alive, _, _, columns, cut, order = jax.lax.fori_loop(0, steps, one, start)
         # columns^T columns is the sum of the gathered rank ones.
-        update = functools.partial(jnp.matmul, columns.T, precision=_HIGHEST)
+        update = functools.partial(jnp.matmul, columns.T, precision="highest")
         return inverse - update(columns), rows - update(cut), alive, order, done + steps
 
     order = jnp.zeros(blocks * steps, jnp.int32)
@@ -171,7 +170,7 @@ def _remove(inverse, rows, done, step, state):
     score = jnp.where(alive, jnp.maximum(norms, 0.0) / diagonal, jnp.inf)
     tied = score <= score.min() * (1 + _TIE)
     unit = len(score) - 1 - jnp.argmax(tied[::-1])
-    product = functools.partial(jnp.matmul, precision=_HIGHEST)
+    product = functools.partial(jnp.matmul, precision="highest")
     mine = columns[:, unit]
     column = inverse[unit] - product(mine, columns)
     root = jnp.sqrt(column[unit])

@@ -204,8 +204,7 @@ class ViT(nn.Module):
             block = block_type(
                 spec, i, *sizes, self.dtype, self.attention, name=f"block_{i}"
             )
-            args = (masks[i] if masks else None,)
-            x = block(x, *args) if taps is None else block(x, *args, taps)
+            x = block(x, masks[i] if masks else None, taps)
         return self._head(x, taps or (lambda block, name, feature: feature))
 
     def _embed(self, images: Array) -> Array:

@@ -20,7 +20,7 @@ from flax_skd.run import (
     sharding,
 )
 from flax_skd.run.objective import Array, Loss
-from flax_skd.run.programs import Program
+from flax_skd.run.programs import Program, save_trained
 
 _LOG = logging.getLogger(__name__)
 _FORGET = 0.05  # of the running accuracy, a step
@@ -197,7 +197,7 @@ class Judge:
 
     def _top1(self, stage: int, params: Params) -> float:
         images = feed.OnMesh(self._batches, self._mesh)
-        placed = feed.placed(params, self._mesh)
+        placed = sharding.gathered(params, self._mesh)
         (score,) = evaluate.evaluate(self._students[stage], placed, images, [None])
         return score.top1
 
@@ -267,8 +267,8 @@ def program(config: Any) -> Program:
         own, kept = judge(params, count - 1)
         params = {**params, name_of(count - 1): own}
         facts["kept"] = [*facts["kept"], float(kept)]
-        changes = {"dropout_list": start.full_only(found.spec)}
-        start.save_supernet(directory, found, changes, facts)
+        full = found._replace(dropout_list=piad.uniform(found.spec, steps=1))
+        save_trained(directory, full, facts)
         trees = (params[name_of(i)] for i in range(count))
         sizes = {n: (tree, found.spec) for n, tree in zip(chain, trees, strict=True)}
         start.save_sizes(directory, sizes, facts)
@@ -278,13 +278,13 @@ def program(config: Any) -> Program:
         students[-1],
         {name_of(i): tree for i, tree in enumerate(itertools.islice(cuts, 1, None))},
         losses_[0],
-        Chain(np.int32(0), np.zeros(count, np.float32), np.float32(0)),
-        begin,
-        lambda extra: {"smallest": None},
         save,
-        config.epochs / count,
-        lambda step, extra: (extra, losses_[in_turn.now(extra)]),
-        only_the_student,
-        lambda params, extra: params[name_of(count - 1)],
+        extra=Chain(np.int32(0), np.zeros(count, np.float32), np.float32(0)),
+        before_epoch=begin,
+        every_epochs=config.epochs / count,
+        sizes=lambda extra: {"smallest": None},
+        before_step=lambda step, extra: (extra, losses_[in_turn.now(extra)]),
+        after_update=only_the_student,
+        network=lambda params, extra: params[name_of(count - 1)],
         frozen=found.params,
     )

@@ -2,23 +2,18 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_skd.method import piad
 from flax_skd.method.vit import Params
 from flax_skd.rivals import stages, start
 from flax_skd.run import commands, configured_loss, distillation
 from flax_skd.run.objective import Array, Loss
-from flax_skd.run.programs import Program
-
-
-class Stage(NamedTuple):
-    """`extra` of the train state: int32 [], which components train."""
-
-    stage: Any
+from flax_skd.run.programs import Program, save_trained
 
 
 def chebyshev(depth: int, components: int) -> np.ndarray:
@@ -174,11 +169,10 @@ def program(config: Any) -> Program:
     def save(directory, params, extra, facts):
         del extra
         facts = {**facts, "trained": "ldr"}
-        changes = {
-            "params": jax.device_get(recompose(params)),
-            "dropout_list": start.full_only(spec),
-        }
-        start.save_supernet(directory, found, changes, facts)
+        whole = jax.device_get(recompose(params))
+        one_level = piad.uniform(spec, steps=1)
+        trained = found._replace(params=whole, dropout_list=one_level)
+        save_trained(directory, trained, facts)
         others = {
             f"depth-{d}": (
                 jax.device_get(recomposed(params, basis(d, made))),
@@ -192,11 +186,10 @@ def program(config: Any) -> Program:
         configured_loss.vit_of(config, spec),
         decomposed(found.params, made),
         of_components(base, full, trains_in),
-        Stage(np.int32(0)),
-        in_turn.begin,
-        lambda extra: {"full": None},
         save,
-        config.epochs / len(counts),
+        extra=stages.Stage(np.int32(0)),
+        before_epoch=in_turn.begin,
+        every_epochs=config.epochs / len(counts),
         after_update=hold,
         network=lambda params, extra: recompose(params),
         frozen=known.params,

@@ -9,7 +9,7 @@ from flax_skd.method.vit import Params, ViT
 from flax_skd.rivals import start
 from flax_skd.run import commands, configured_loss
 from flax_skd.run.objective import Array, Loss
-from flax_skd.run.programs import Program
+from flax_skd.run.programs import Program, save_trained
 
 
 def rows(spec: ViTSpec, prefixes: list[float]) -> list[SubnetSpec]:
@@ -79,16 +79,14 @@ def program(config: Any) -> Program:
     def save(directory, params, extra, facts):
         del extra
         nested = piad.from_rows(levels, spec)
-        changes = {"params": params, "dropout_list": nested}
-        start.save_supernet(directory, found, changes, {**facts, "trained": "matvit"})
+        trained = found._replace(params=params, dropout_list=nested)
+        save_trained(directory, trained, {**facts, "trained": "matvit"})
 
     sizes = {"full": None, "smallest": levels[-1]}
     return Program(
         configured_loss.vit_of(config, spec),
         found.params,
         configured_loss.mixed_loss(config, spec, loss),
-        None,
-        None,
-        lambda extra: sizes,
         save,
+        sizes=lambda extra: sizes,
     )

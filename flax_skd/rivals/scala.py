@@ -2,27 +2,21 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from flax_skd.method import losses, vit
+from flax_skd.method import losses, piad, vit
 from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import Params, ViT
 from flax_skd.rivals import stages, start
 from flax_skd.run import commands, configured_loss, distillation
 from flax_skd.run.objective import Array, Loss
-from flax_skd.run.programs import Program
+from flax_skd.run.programs import Program, save_trained
 
 # What of attention a ratio cuts beside the width: whole heads, or dims of every head.
 ATTENTION = {"heads": "num_heads", "head_dims": "head_dim"}
-
-
-class Warm(NamedTuple):
-    """`extra` of the train state: int32 [], 0 while the full network trains alone."""
-
-    stage: Any
 
 
 def sliced_spec(spec: ViTSpec, ratio: float, attention: str = "heads") -> ViTSpec:
@@ -153,7 +147,7 @@ class Sampling:
         between = (float(rng.choice(side)) for side in sides if side)
         return (1.0, *between, smallest)
 
-    def before_step(self, step: int, extra: Warm) -> tuple[Warm, Loss]:
+    def before_step(self, step: int, extra: stages.Stage) -> tuple[stages.Stage, Loss]:
         """See `train.fit`."""
         alone = self._stage.now(extra) == 0
         return extra, self._loss_of((1.0,) if alone else self.drawn(step))
@@ -199,8 +193,9 @@ def program(config: Any) -> Program:
     def save(directory, params, extra, facts):
         del extra
         facts = {**facts, "trained": "scala"}
-        changes = {"params": params, "dropout_list": start.full_only(found.spec)}
-        start.save_supernet(directory, found, changes, facts)
+        one_level = piad.uniform(found.spec, steps=1)
+        trained = found._replace(params=params, dropout_list=one_level)
+        save_trained(directory, trained, facts)
         smaller = {
             f"{r:g}": (sliced(params, specs[r], end_of(r)), specs[r])
             for r in ratios[:-1]
@@ -214,11 +209,10 @@ def program(config: Any) -> Program:
         configured_loss.vit_of(config, found.spec),
         found.params,
         loss_of((1.0,)),
-        Warm(np.int32(0)),
-        begin,
-        lambda extra: {"full": None},
         save,
-        options.warm_epochs or config.epochs,
-        sampling.before_step,
+        extra=stages.Stage(np.int32(0)),
+        before_epoch=begin,
+        every_epochs=options.warm_epochs or config.epochs,
+        before_step=sampling.before_step,
         frozen=known and known.params,
     )

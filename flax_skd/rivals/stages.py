@@ -1,7 +1,7 @@
 """Stages of a run: which one it is in, on host and device, and what it trains."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,12 @@ import numpy as np
 
 from flax_skd.run.objective import Array
 from flax_skd.run.train import TrainState
+
+
+class Stage(NamedTuple):
+    """`extra` of a train state that has its stage alone, int32 []."""
+
+    stage: Any
 
 
 class Stages:

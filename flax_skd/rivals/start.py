@@ -5,9 +5,8 @@ from typing import Any
 
 from flax_skd.io import checkpoint
 from flax_skd.io.checkpoint import SubNet, SuperNet
-from flax_skd.method import piad, subnet
-from flax_skd.method.piad import DropoutList
-from flax_skd.method.spec import SubnetSpec, ViTSpec
+from flax_skd.method import subnet
+from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import Params
 from flax_skd.run import commands
 
@@ -30,26 +29,6 @@ def named(path: str) -> SuperNet:
     """A super-network of a directory, in float32, without what repairs its cuts."""
     found = checkpoint.load_supernet(path)
     return found._replace(params=commands.in_float32(found.params), compensation=None)
-
-
-def full_only(spec: ViTSpec) -> DropoutList:
-    """The list of a network of one size."""
-    return piad.from_rows([SubnetSpec.full(spec)], spec)
-
-
-def save_supernet(
-    directory: pathlib.Path, start: SuperNet, changes: dict[str, Any], facts: Any
-) -> None:
-    """Writes what was trained as a super-network, replacing what is there.
-
-    Args:
-      directory: to write.
-      start: what it was trained from.
-      changes: fields of `SuperNet` that training changed.
-      facts: of the training, added to the provenance.
-    """
-    trained = commands.stamped(start._replace(**changes), facts)
-    checkpoint.save_supernet(directory, trained, overwrite=directory.exists())
 
 
 def save_sizes(

@@ -12,7 +12,7 @@ from flax_skd.rivals import start, structure
 from flax_skd.rivals.structure import Structure
 from flax_skd.run import configured_loss, distillation, sharding
 from flax_skd.run.objective import Array, CutOf, Masks
-from flax_skd.run.programs import Program
+from flax_skd.run.programs import Program, save_trained
 from flax_skd.run.train import AfterUpdate
 
 
@@ -154,21 +154,20 @@ def program(config: Any) -> Program:
 
     def save(directory, params, extra, facts):
         rows = [SubnetSpec.full(spec), widths_of(extra)]
-        changes = {
-            "params": jax.device_get(structure.kept_first(params, extra.masks)),
-            "dropout_list": piad.from_rows(rows, spec),
-        }
-        start.save_supernet(directory, found, changes, {**facts, "trained": "uvc"})
+        ordered = jax.device_get(structure.kept_first(params, extra.masks))
+        nested = piad.from_rows(rows, spec)
+        trained = found._replace(params=ordered, dropout_list=nested)
+        save_trained(directory, trained, {**facts, "trained": "uvc"})
 
     return Program(
         model,
         found.params,
         configured_loss.mixed_loss(config, spec, loss),
-        structure.start(spec, gate=options.gate_start),
-        begin,
-        sizes,
         save,
-        options.search_epochs,
+        extra=structure.start(spec, gate=options.gate_start),
+        before_epoch=begin,
+        every_epochs=options.search_epochs,
+        sizes=sizes,
         after_update=search(
             model,
             budget=options.budget,

@@ -1,4 +1,4 @@
-"""What each subcommand does, from a config to files: load, compute, save, report."""
+"""Convert and extract, and what all commands share: networks, statistics, words."""
 
 import fractions
 import pathlib
@@ -14,7 +14,7 @@ from flax_skd.io import checkpoint, conversion, data, directory
 from flax_skd.io.checkpoint import SubNet, SuperNet
 from flax_skd.io.source_fields import RECIPES
 from flax_skd.method import compensation, costs, macs, piad, statistics, subnet
-from flax_skd.method.spec import SubnetSpec, ViTSpec
+from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import ViT
 from flax_skd.run import feed, sharding
 
@@ -57,8 +57,8 @@ def load_network(model: Any) -> SuperNet:
         entry=model.get("entry", "") or None,
     )
     facts = {"file": path.name, "sha256": source.sha256, "family": source.family}
-    full = piad.from_rows([SubnetSpec.full(source.spec)], source.spec)
-    return SuperNet(source.params, source.spec, full, {"source": facts})
+    one_level = piad.uniform(source.spec, steps=1)
+    return SuperNet(source.params, source.spec, one_level, {"source": facts})
 
 
 def _check_says_the_same(model: Any, spec: ViTSpec, path: pathlib.Path) -> None:
@@ -140,7 +140,7 @@ def calibrate(
 
         found = statistics.collect(
             model,
-            feed.placed(network.params, mesh),
+            sharding.gathered(network.params, mesh),
             counted(),
             cost=cost,
             weightings=weightings,
@@ -218,9 +218,7 @@ def subnet_within(supernet: SuperNet, *, cost: Any, limit: float) -> tuple[SubNe
     spec = supernet.spec
     if limit <= 0:
         raise ValueError(f"a budget of {limit} must be positive.")
-    if limit <= 1:
-        limit = piad.limit_of(limit, cost(spec, SubnetSpec.full(spec)))
-    level = piad.level_for(supernet.dropout_list, spec, limit, cost=cost)
+    level = piad.level_within(supernet.dropout_list, spec, limit, cost=cost)
     widths = supernet.dropout_list.widths(level, spec)
     whole = compensation.repaired(supernet.params, spec, supernet.compensation, widths)
     # On the host: a slice on a device is compiled, one for every width.

@@ -25,7 +25,7 @@ from flax_skd.method import (
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
 from flax_skd.run import commands, feed, lists, sharding, time_budget
-from flax_skd.run.recipes import Recipe, contracted
+from flax_skd.run.recipes import Recipe, contracted, sums_for
 
 # Of `costs.COSTS` and `importance.SENSITIVITIES`.
 LABEL_FREE_COSTS = ("top_logit", "self_kl", "feature")
@@ -71,16 +71,10 @@ def contract(config: Any, *, workdir: str, overwrite: bool) -> str:
         batches,
         cost=config.cost,
         dtype=commands.dtype_named(config.dtype),
-        weightings=tuple(
-            sorted({w for r in recipes.values() for w in r.criterion.weightings})
-        ),
-        moments=tuple(sorted({m for r in recipes.values() for m in r.moments()})),
         hidden_every=config.hidden_every,
+        **sums_for(recipes.values()),
     )
-    # The promise of a contraction, checked where it is made; float32 whatever dtype.
-    images = _first_images(batches)
-    logits = jax.jit(lambda p: ViT(network.spec).apply({"params": p}, images))
-    before = logits(network.params)
+    changed = _logits_changed(network, _first_images(batches))
     measuring = _few(config, network.spec)
     lines = []
     for name, recipe in recipes.items():
@@ -95,13 +89,28 @@ def contract(config: Any, *, workdir: str, overwrite: bool) -> str:
         }
         stored = commands.stamped(_stored(turned, config), facts)
         checkpoint.save_supernet(targets[name], stored, overwrite=overwrite)
-        worst = float(jnp.abs(logits(turned.params) - before).max())
         lines.append(
             f"wrote {targets[name]}: {name}, {int(stats.images)} calibration images; "
-            f"logits changed by at most {worst:.0e} on {len(images)} of them (largest "
-            f"{float(jnp.abs(before).max()):.0f}){_size(stored)}"
+            f"{changed(turned.params)}{_size(stored)}"
         )
     return "\n".join(lines)
+
+
+def _logits_changed(network: SuperNet, images: np.ndarray) -> Callable[[Any], str]:
+    """Function of parameters -> the promise of a contraction, as it is kept.
+
+    In float32, whatever dtype the statistics had.
+    """
+    logits = jax.jit(lambda p: ViT(network.spec).apply({"params": p}, images))
+    before = logits(network.params)
+    largest = float(jnp.abs(before).max())
+
+    def told(params):
+        worst = float(jnp.abs(logits(params) - before).max())
+        where = f"{len(images)} of them (largest {largest:.0f})"
+        return f"logits changed by at most {worst:.0e} on {where}"
+
+    return told
 
 
 def _stored(network: SuperNet, config: Any) -> SuperNet:
@@ -254,8 +263,8 @@ def list_of(network: SuperNet, options: Any, config: Any) -> piad.DropoutList:
         return piad.uniform(spec, steps=config.list.levels)
     mesh = sharding.mesh()
     model = ViT(spec, dtype=commands.dtype_named(config.dtype))
-    params = feed.placed(network.params, mesh)
-    repairs = network.compensation and feed.placed(network.compensation, mesh)
+    params = sharding.gathered(network.params, mesh)
+    repairs = network.compensation and sharding.gathered(network.compensation, mesh)
     if options.kind == "importance":
         return lists.by_importance(
             model,

@@ -153,14 +153,12 @@ def contracted(trained: SuperNet) -> dict[str, SuperNet]:
     """The trained network under each recipe, and as it came."""
     train = sources.open_source("digits:train", num_classes=trained.spec.num_classes)
     calibration = sources.take(train, 1024)
-    made = RECIPES.values()
     stats = commands.calibrate(
         trained,
         data.eval_batches(calibration, trained.spec, batch_size=64),
         cost="logit",
         dtype=commands.dtype_named("float32"),
-        weightings=tuple(sorted({w for r in made for w in r.criterion.weightings})),
-        moments=tuple(sorted({m for r in made for m in r.moments()})),
+        **recipes.sums_for(RECIPES.values()),
     )
     networks = {
         name: recipes.contracted(trained, stats, recipe)
@@ -173,13 +171,13 @@ def _half_size(supernet: SuperNet, target: pathlib.Path, images: np.ndarray):
     """Extracts at half the block MACs; largest logit difference after a reload."""
     spec = supernet.spec
     ends, full = macs.costs(spec).embed_and_head, macs.macs(spec)
-    level = piad.level_for(supernet.dropout_list, spec, (ends + full) // 2)
-    widths = supernet.dropout_list.widths(level, spec)
-    whole = compensation.repaired(supernet.params, spec, supernet.compensation, widths)
-    params = subnet.extract(whole, widths)
+    half = (ends + full) // 2
+    small, level = commands.subnet_within(supernet, cost=macs.macs, limit=half)
     facts = {"level": level, "supernet": supernet.provenance}
-    checkpoint.save_subnet(target, checkpoint.SubNet(params, spec, widths, facts))
+    checkpoint.save_subnet(target, small._replace(provenance=facts))
     small = checkpoint.load_subnet(target)
+    widths = small.widths
+    whole = compensation.repaired(supernet.params, spec, supernet.compensation, widths)
     apart, masked = jax.jit(ViT(spec, widths).apply), jax.jit(ViT(spec).apply)
     alone = apart({"params": small.params}, images)
     within = masked({"params": whole}, images, subnet.masks(spec, widths))

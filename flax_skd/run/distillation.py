@@ -13,35 +13,19 @@ from flax_skd.method.vit import Params, ViT
 from flax_skd.run import objective
 from flax_skd.run.objective import Array, CutOf, Loss, whole
 
-# (logits of a sub-network, logits of the full one, labels) -> []
-SubnetLoss = Callable[[Array, Array, Array], Array]
 # (images, train state) -> logits [B, K]
 Teacher = Callable[[Array, Any], Array]
 LevelsOf = Callable[[Array, DropoutList], list[Array]]
 
 
-def divergence(logits: Array, teacher: Array, *, temperature: float = 1.0) -> Array:
-    """Mean KL divergence of softened outputs, times temperature squared.
+def divergence(logits: Array, teacher: Array) -> Array:
+    """Mean KL divergence from a teacher.
 
     Args:
       logits, teacher: [B, K]; no gradient flows to the teacher.
-      temperature: both are divided by it; its square keeps the gradient's size.
     """
-    target = jax.nn.softmax(jax.lax.stop_gradient(teacher) / temperature)
-    log_probs = jax.nn.log_softmax(logits / temperature)
-    return temperature**2 * optax.kl_divergence(log_probs, target).mean()
-
-
-def follow_full(logits: Array, full: Array, labels: Array) -> Array:
-    """`SubnetLoss` of in-place distillation: KL to the full network of the step."""
-    del labels
-    return divergence(logits, full)
-
-
-def follow_labels(logits: Array, full: Array, labels: Array) -> Array:
-    """`SubnetLoss` of plain supervision."""
-    del full
-    return losses.cross_entropy(logits, labels)
+    target = jax.nn.softmax(jax.lax.stop_gradient(teacher))
+    return optax.kl_divergence(jax.nn.log_softmax(logits), target).mean()
 
 
 def one_random(rng: Array, dropout_list: DropoutList) -> list[Array]:
@@ -58,20 +42,17 @@ def with_full(
     model: ViT,
     *,
     levels_of: LevelsOf = one_random,
-    subnet_loss: SubnetLoss = follow_full,
     label_smoothing: float = 0.0,
 ) -> Loss:
     """The full network learns the labels, sub-networks learn beside it.
 
-    loss = CE(full, labels) + mean over levels of subnet_loss(level, full, labels).
-    In-place distillation is `one_random` and `follow_full`, the sandwich rule
-    `smallest_and_random` (Yu and Huang, ICCV 2019). A step costs one forward and
-    backward pass a network.
+    loss = CE(full, labels) + mean over levels of KL(full || level).
+    In-place distillation is `one_random`, the sandwich rule `smallest_and_random` (Yu
+    and Huang, ICCV 2019). A step costs one forward and backward pass a network.
 
     Args:
       model: of the full network.
       levels_of: function (rng, dropout list) -> levels of this step.
-      subnet_loss: what each level minimises.
       label_smoothing: of the full network's labels.
 
     Returns:
@@ -91,7 +72,7 @@ def with_full(
             full, batch["label"], label_smoothing=label_smoothing
         )
         levels = levels_of(rng, dropout_list)
-        parts = [subnet_loss(logits_at(s), full, batch["label"]) for s in levels]
+        parts = [divergence(logits_at(s), full) for s in levels]
         metrics = {
             "accuracy": losses.accuracy(full, batch["label"]),
             "subnet_loss": sum(parts) / len(parts),
@@ -107,18 +88,14 @@ def with_teacher(
     teacher: Teacher,
     *,
     cut_of: CutOf = whole,
-    weight: float = 1.0,
-    temperature: float = 1.0,
     label_smoothing: float = 0.0,
 ) -> Loss:
-    """CE(labels) + weight KL(teacher || student), the teacher frozen.
+    """CE(labels) + KL(teacher || student), the teacher frozen.
 
     Args:
       model: the student.
       teacher: function (images, train state) -> logits [B, K]; see `frozen`.
       cut_of: which sub-network learns in a step.
-      weight: of the divergence.
-      temperature: see `divergence`.
       label_smoothing: of the labels.
     """
 
@@ -129,11 +106,10 @@ def with_teacher(
         value = losses.cross_entropy(
             logits, batch["label"], label_smoothing=label_smoothing
         )
-        above = teacher(batch["image"], state)
-        kl = divergence(logits, above, temperature=temperature)
+        kl = divergence(logits, teacher(batch["image"], state))
         accuracy = losses.accuracy(logits, batch["label"])
         metrics = {"accuracy": accuracy, "teacher_kl": kl, **metrics}
-        return value + weight * kl, metrics
+        return value + kl, metrics
 
     return loss
 

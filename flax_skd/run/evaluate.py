@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from flax_skd.method import compensation, macs, subnet
 from flax_skd.method.compensation import Compensation
@@ -150,9 +149,7 @@ def evaluate(
     Raises:
       ValueError: if there is no image, or the logits are not finite.
     """
-    traced = [
-        w and SubnetSpec(*(np.array(field, np.int32) for field in w)) for w in widths
-    ]
+    traced = [w and subnet.as_data(w) for w in widths]
     totals = None
     for batch in batches:
         full = _jitted_logits(model, params, batch["image"])

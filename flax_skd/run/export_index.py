@@ -5,9 +5,9 @@ from typing import Any
 
 from flax_skd.io import directory as folder
 from flax_skd.io import model_card
-from flax_skd.io.extras import require
 from flax_skd.io.formats import writers
 from flax_skd.method import macs
+from flax_skd.run import report
 
 FILES = ("index.json", "index.md", "index.png")
 SCRIPT = "finish_onnx.sh"  # where something is left to do
@@ -104,11 +104,7 @@ def figure(rows: Rows):
     Returns:
       A matplotlib figure, made without a screen.
     """
-    require("matplotlib")
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(5.6, 4.0), layout="constrained")
-    axis = fig.subplots()
+    fig, (axis,) = report.panels(1, (5.6, 4.0))
     for name in dict.fromkeys(row["format"] for row in rows):
         mine = [r for r in rows if r["format"] == name]
         mine.sort(key=lambda r: r["macs_with_padding"]["full"])
@@ -118,8 +114,6 @@ def figure(rows: Rows):
     axis.set_xlabel("MMACs an image (full count, padding included)")
     axis.set_ylabel("MB on disk")
     axis.set_ylim(bottom=0)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
     return fig
 

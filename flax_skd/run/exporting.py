@@ -144,13 +144,19 @@ def _within(supernet: SuperNet, known: dict[str, Any], share: float) -> Chosen:
     return Chosen(f"budget_{share:g}", share, small, None)
 
 
-def _accuracies(measured: str, facts: Mapping[str, Any], **of: Any):
+def _accuracies(
+    measured: str,
+    facts: Mapping[str, Any],
+    *,
+    supernet_sum: str | None,
+    source: pathlib.Path,
+):
     """Function of a sub-network -> what a sweep of its super-network says, or None."""
     if not measured:
         return lambda network: None
     name = facts.get("trained", facts.get("criterion", "as trained"))
     found = accuracies.read(measured)
-    accuracies.check_same(found, name=name, **of)
+    accuracies.check_same(found, name=name, supernet_sum=supernet_sum, source=source)
     return lambda network: accuracies.accuracy(found, network, name=name)
 
 

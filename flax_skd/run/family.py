@@ -199,9 +199,7 @@ class SubnetFamily:
         cost = counts.macs if unit == "macs" else counts.param_count
         if not limit > 0:
             raise ValueError(f"{unit} = {limit} must be above 0.")
-        full = cost(self.spec, SubnetSpec.full(self.spec))
-        limit = piad.limit_of(limit, full) if limit <= 1 else limit
-        return piad.level_for(self.levels, self.spec, limit, cost=cost)
+        return piad.level_within(self.levels, self.spec, limit, cost=cost)
 
     def _switch(self, level: int) -> None:
         widths = self.levels.widths(level, self.spec)

@@ -1,4 +1,4 @@
-"""Images and parameters onto the mesh, with a bar to watch."""
+"""The images that a config names, onto the mesh, with a bar to watch."""
 
 import dataclasses
 import math
@@ -12,7 +12,6 @@ import numpy as np
 from flax_skd.io import data, sources
 from flax_skd.io.extras import require
 from flax_skd.method.spec import ViTSpec
-from flax_skd.method.vit import Params
 from flax_skd.run import sharding
 
 Opened = Callable[[Any, ViTSpec], sources.Source]
@@ -128,17 +127,12 @@ class InTurn:
         return iter(OnMesh(batches, self._mesh))
 
 
-def progress(what: str, total: int):
-    """A tqdm bar in images on the first process; a line a minute off a terminal."""
+def progress(what: str, total: int, *, unit: str = "img"):
+    """A tqdm bar on the first process; a line a minute off a terminal."""
     return require("tqdm").tqdm(
         total=total,
         desc=what,
-        unit="img",
+        unit=unit,
         mininterval=0.2 if sys.stderr.isatty() else 60,
         disable=jax.process_index() > 0,
     )
-
-
-def placed(params: Params, mesh: jax.sharding.Mesh) -> Params:
-    """The parameters on the mesh, whole on every device: to measure, not to train."""
-    return sharding.gathered(params, mesh)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import numpy as np
 
 from flax_skd.method import (
     allocation,
@@ -14,6 +13,7 @@ from flax_skd.method import (
     growth,
     importance,
     macs,
+    subnet,
 )
 from flax_skd.method.compensation import Compensation
 from flax_skd.method.piad import DropoutList
@@ -52,7 +52,7 @@ def grown(
     spec = model.spec
     widths = dropout_list.widths(int(dropout_list.levels), spec)
     if repairs is not None:
-        params = _repaired(params, spec, repairs, _arrays(widths))
+        params = _repaired(params, spec, repairs, subnet.as_data(widths))
     measured = importance.measure(
         model,
         params,
@@ -71,10 +71,6 @@ def grown(
 _repaired = jax.jit(compensation.repaired, static_argnums=1)
 
 
-def _arrays(widths: SubnetSpec) -> SubnetSpec:
-    return SubnetSpec(*(np.array(field, np.int32) for field in widths))
-
-
 def by_importance(
     model: ViT,
     params: Params,
@@ -83,7 +79,6 @@ def by_importance(
     repairs: Compensation | None = None,
     stages: int = 8,
     share: float = 0.875,
-    groups: growth.Groups = growth.PAPER_GROUPS,
     cost: costs.Cost = costs.correct_logit,
     sensitivity: importance.Sensitivity = importance.cross_entropy,
 ) -> DropoutList:
@@ -91,7 +86,7 @@ def by_importance(
 
     Args: as of `grown`.
     """
-    dropout_list = growth.start(model.spec, groups)
+    dropout_list = growth.start(model.spec)
     for stage in range(stages):
         dropout_list = grown(
             dropout_list,
@@ -102,7 +97,6 @@ def by_importance(
             batches=batches,
             repairs=repairs,
             share=share,
-            groups=groups,
             cost=cost,
             sensitivity=sensitivity,
         )

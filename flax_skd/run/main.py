@@ -144,21 +144,30 @@ def main(arguments: list[str]) -> int:
         return 0
     _show_log()
     try:
-        values = parse(name, rest)
+        values = _values(name, rest)
     except (flags.Error, ValueError, TypeError) as error:
         print(f"flax-skd {name}: {error}", file=sys.stderr)
         return 2
+    return _run(name, values)
+
+
+def _values(name: str, arguments: list[str]) -> flags.FlagValues:
+    """`parse`; for an entry that the config lacks, its whole name and where it lacks."""
+    try:
+        return parse(name, arguments)
     except (AttributeError, KeyError) as error:
         # ml_collections raises either for an entry that a locked config lacks.
         entry, *hint = str(error.args[0]).strip("\"'").replace("\\n", "\n").split("\n")
         hint = f" {hint[0]}" if hint else ""
-        path, others = _split_config(rest, f"configs/{COMMANDS[name].config}")
-        print(
-            f"flax-skd {name}: no entry {_entry(_bare(entry), others)!r} in {path}; "
-            f"flax-skd {name} --config={path} --help lists them.{hint}",
-            file=sys.stderr,
-        )
-        return 2
+        path, others = _split_config(arguments, f"configs/{COMMANDS[name].config}")
+        raise ValueError(
+            f"no entry {_entry(_bare(entry), others)!r} in {path}; flax-skd {name} "
+            f"--config={path} --help lists them.{hint}"
+        ) from error
+
+
+def _run(name: str, values: flags.FlagValues) -> int:
+    """Runs a command whose flags are good; returns the exit status."""
     try:
         if "coordinator" in COMMANDS[name].flags:
             distributed.start(

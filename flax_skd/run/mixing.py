@@ -16,6 +16,9 @@ from flax_skd.method.spec import ViTSpec
 Array = jax.Array
 Batch = dict[str, Array]
 
+# Of the box that is erased: least and greatest area, as a fraction of the image's, and
+# least height / width; the greatest is the inverse.
+_AREA, _ASPECT = (0.02, 1 / 3), 0.3
 _TRIES = 10  # for a box that fits; the image is left as it is if none does
 
 
@@ -46,7 +49,8 @@ class Mixing:
             if not 0 <= alpha < math.inf:
                 raise ValueError(f"{name} = {alpha} must be 0 (never) or more.")
         for name in ("switch", "smoothing", "erase"):
-            _check_probability(name, getattr(self, name))
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} = {value} must be in [0, 1].")
 
 
 def mixed_batch(rng: Array, batch: Batch, spec: ViTSpec, options: Mixing) -> Batch:
@@ -69,20 +73,11 @@ def mixed_batch(rng: Array, batch: Batch, spec: ViTSpec, options: Mixing) -> Bat
     )
     if options.erase:
         images = random_erasing(erase_rng, images, probability=options.erase)
-    images, targets = mix(
-        mix_rng,
-        images,
-        targets,
-        mixup_alpha=options.mixup,
-        cutmix_alpha=options.cutmix,
-        switch_probability=options.switch,
-    )
+    images, targets = mix(mix_rng, images, targets, options)
     return {**batch, "image": images, "label": targets}
 
 
-def smoothed_targets(
-    labels: Array, *, num_classes: int, smoothing: float = 0.1
-) -> Array:
+def smoothed_targets(labels: Array, *, num_classes: int, smoothing: float) -> Array:
     """Probabilities of the classes, a share of them spread evenly.
 
     Args:
@@ -94,9 +89,8 @@ def smoothed_targets(
       [B, K], float32; nan where a class is not one of 0..K-1, so that it is noticed.
 
     Raises:
-      ValueError: if the share is not in [0, 1], or the labels are of another shape.
+      ValueError: if the labels are of another shape.
     """
-    _check_probability("smoothing", smoothing)
     if labels.ndim == 2 and labels.shape[1] == num_classes:
         targets = labels.astype(jnp.float32)
     elif labels.ndim == 1 and num_classes:
@@ -112,7 +106,7 @@ def smoothed_targets(
 
 
 def mixup(
-    rng: Array, images: Array, targets: Array, *, alpha: float = 0.8
+    rng: Array, images: Array, targets: Array, *, alpha: float
 ) -> tuple[Array, Array]:
     """Weighted means of each image and its pair (arXiv:1710.09412).
 
@@ -120,19 +114,16 @@ def mixup(
       rng: a key.
       images: float [B, S, S, C].
       targets: float [B, K].
-      alpha: the image keeps the share ~ Beta(alpha, alpha), one for the batch.
+      alpha: above 0; the image keeps the share ~ Beta(alpha, alpha), one for the batch.
 
     Returns:
       Images and targets, mixed by the same share.
-
-    Raises:
-      ValueError: if alpha is not positive.
     """
     return _blend(images, targets, *_mixup_weights(rng, alpha))
 
 
 def cutmix(
-    rng: Array, images: Array, targets: Array, *, alpha: float = 1.0
+    rng: Array, images: Array, targets: Array, *, alpha: float
 ) -> tuple[Array, Array]:
     """A box of each image is its pair's (arXiv:1905.04899).
 
@@ -143,25 +134,17 @@ def cutmix(
       rng: a key.
       images: float [B, S, S, C].
       targets: float [B, K].
-      alpha: the box has the share ~ Beta(alpha, alpha) of the pixels, before the cut.
+      alpha: above 0; the box has the share ~ Beta(alpha, alpha) of the pixels, before
+        the cut.
 
     Returns:
       Images, and targets mixed by the share of pixels that are each image's.
-
-    Raises:
-      ValueError: if alpha is not positive.
     """
     return _blend(images, targets, *_cutmix_weights(rng, images.shape, alpha))
 
 
 def mix(
-    rng: Array,
-    images: Array,
-    targets: Array,
-    *,
-    mixup_alpha: float = 0.8,
-    cutmix_alpha: float = 1.0,
-    switch_probability: float = 0.5,
+    rng: Array, images: Array, targets: Array, options: Mixing
 ) -> tuple[Array, Array]:
     """Either `mixup` or `cutmix`, by chance, the same for the whole batch.
 
@@ -169,65 +152,42 @@ def mix(
       rng: a key.
       images: float [B, S, S, C].
       targets: float [B, K].
-      mixup_alpha, cutmix_alpha: 0 leaves that one out, so that the other is done
-        always; both 0: nothing is.
-      switch_probability: of cutmix, where both may be.
+      options: an alpha of 0 leaves that one out, so that the other is done always;
+        both 0: nothing is.
 
     Returns:
       Images and targets of the same shapes.
-
-    Raises:
-      ValueError: if an alpha is negative or the probability not in [0, 1].
     """
-    _check_probability("switch_probability", switch_probability)
-    if not (mixup_alpha or cutmix_alpha):
+    if not (options.mixup or options.cutmix):
         return images, targets
-    if not cutmix_alpha:
-        return mixup(rng, images, targets, alpha=mixup_alpha)
-    if not mixup_alpha:
-        return cutmix(rng, images, targets, alpha=cutmix_alpha)
+    if not options.cutmix:
+        return mixup(rng, images, targets, alpha=options.mixup)
+    if not options.mixup:
+        return cutmix(rng, images, targets, alpha=options.cutmix)
     switch_rng, rng = jax.random.split(rng)
-    switch = jax.random.bernoulli(switch_rng, switch_probability)
+    switch = jax.random.bernoulli(switch_rng, options.switch)
     # Both kinds differ in their weights alone, which cost nothing beside the images.
-    pixels, share = _mixup_weights(rng, mixup_alpha)
-    cut_pixels, cut_share = _cutmix_weights(rng, images.shape, cutmix_alpha)
+    pixels, share = _mixup_weights(rng, options.mixup)
+    cut_pixels, cut_share = _cutmix_weights(rng, images.shape, options.cutmix)
     pixels = jnp.where(switch, cut_pixels, pixels)
     return _blend(images, targets, pixels, jnp.where(switch, cut_share, share))
 
 
-def random_erasing(
-    rng: Array,
-    images: Array,
-    *,
-    probability: float = 0.25,
-    area: tuple[float, float] = (0.02, 1 / 3),
-    aspect: float = 0.3,
-) -> Array:
+def random_erasing(rng: Array, images: Array, *, probability: float) -> Array:
     """A box of some images becomes normal noise, pixel by pixel (arXiv:1708.04896).
 
     Args:
       rng: a key.
       images: float [B, S, S, C], normalised, so that the noise is of their scale.
       probability: that an image is one of them.
-      area: least and greatest area of the box, as a fraction of the image's; uniform.
-      aspect: least height / width of the box, in (0, 1]; log-uniform up to 1 / aspect.
 
     Returns:
       Images of the same shape and dtype.
-
-    Raises:
-      ValueError: if an option is not possible.
     """
-    _check_probability("probability", probability)
-    if not 0 < area[0] <= area[1] <= 1 or not 0 < aspect <= 1:
-        raise ValueError(
-            f"area = {area} must be two fractions, the lesser first, and aspect = "
-            f"{aspect} in (0, 1]."
-        )
     batch, height, width, _ = images.shape
     keys = jax.random.split(rng, 4)
     chosen = jax.random.bernoulli(keys[0], probability, (batch,))
-    sides = _erased_sides(keys[1], batch, (height, width), area=area, aspect=aspect)
+    sides = _erased_sides(keys[1], batch, (height, width))
     room = jnp.array([[height, width]]) - sides
     # The corner is uniform over all that keep the box inside.
     corner = jax.random.randint(keys[2], (batch, 2), 0, room + 1)
@@ -236,13 +196,14 @@ def random_erasing(
     return jnp.where(box & chosen.reshape(-1, 1, 1, 1), noise, images)
 
 
-def _erased_sides(
-    rng: Array, batch: int, size: tuple[int, int], *, area, aspect
-) -> Array:
-    """Sides of the first box of ten that fits, int [B, 2]; 0 if none does."""
+def _erased_sides(rng: Array, batch: int, size: tuple[int, int]) -> Array:
+    """Sides of the first box of ten that fits, int [B, 2]; 0 if none does.
+
+    The area is uniform, the shape log-uniform.
+    """
     uniform = jax.random.uniform(rng, (2, batch, _TRIES))
-    areas = math.prod(size) * (area[0] + (area[1] - area[0]) * uniform[0])
-    shapes = aspect ** (1 - 2 * uniform[1])  # aspect to 1 / aspect
+    areas = math.prod(size) * (_AREA[0] + (_AREA[1] - _AREA[0]) * uniform[0])
+    shapes = _ASPECT ** (1 - 2 * uniform[1])
     sides = jnp.stack([jnp.sqrt(areas * shapes), jnp.sqrt(areas / shapes)], axis=-1)
     sides = jnp.round(sides).astype(jnp.int32)
     fit = ((sides > 0) & (sides < jnp.array(size).reshape(1, 1, 2))).all(-1)
@@ -253,7 +214,7 @@ def _erased_sides(
 
 def _mixup_weights(rng: Array, alpha: float) -> tuple[Array, Array]:
     """What an image keeps: of each pixel [1, 1, 1, 1], and of the label []."""
-    share = _share(rng, alpha)
+    share = jax.random.beta(rng, alpha, alpha, (), jnp.float32)
     return share.reshape(1, 1, 1, 1), share
 
 
@@ -263,7 +224,7 @@ def _cutmix_weights(
     """What an image keeps: of each pixel [1, S, S, 1], and of the label []."""
     share_rng, centre_rng = jax.random.split(rng)
     size = jnp.array([shape[1:3]])
-    side = jnp.sqrt(1 - _share(share_rng, alpha))
+    side = jnp.sqrt(1 - jax.random.beta(share_rng, alpha, alpha, (), jnp.float32))
     half = (side * size.astype(jnp.float32)).astype(jnp.int32) // 2
     centre = jax.random.randint(centre_rng, (1, 2), 0, size)
     low, high = jnp.maximum(centre - half, 0), jnp.minimum(centre + half, size)
@@ -271,12 +232,6 @@ def _cutmix_weights(
     kept = shape[1] * shape[2] - (high - low).prod()
     share = kept.astype(jnp.float32) / (shape[1] * shape[2])
     return jnp.where(box, 0.0, 1.0), share
-
-
-def _share(rng: Array, alpha: float) -> Array:
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha = {alpha} must be positive.")
-    return jax.random.beta(rng, alpha, alpha, (), jnp.float32)
 
 
 def _box(low: Array, high: Array, size: tuple[int, int]) -> Array:
@@ -292,8 +247,3 @@ def _blend(
     weights, share = pixels.astype(images.dtype), share.astype(targets.dtype)
     mixed = weights * images + (1 - weights) * images[::-1]
     return mixed, share * targets + (1 - share) * targets[::-1]
-
-
-def _check_probability(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} = {value} must be in [0, 1].")

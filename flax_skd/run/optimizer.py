@@ -41,8 +41,6 @@ def make_optimizer(
     *,
     weight_decay: float = 0.05,
     clip_norm: float | None = None,
-    b1: float = 0.9,
-    b2: float = 0.999,
 ) -> optax.GradientTransformation:
     """AdamW; only kernels decay, not biases, norms, tokens, positions or LayerScale.
 
@@ -50,7 +48,6 @@ def make_optimizer(
       learning_rate: a number or a schedule such as `cosine`.
       weight_decay: per step and unit of learning rate.
       clip_norm: the largest norm of the whole gradient; None for any.
-      b1, b2: decay of the two moments.
     """
 
     def kernels(params):
@@ -58,9 +55,7 @@ def make_optimizer(
             lambda path, _: path[-1].key == "kernel", params
         )
 
-    adamw = optax.adamw(
-        learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=kernels
-    )
+    adamw = optax.adamw(learning_rate, weight_decay=weight_decay, mask=kernels)
     if clip_norm is None:
         return adamw
     return optax.chain(optax.clip_by_global_norm(clip_norm), adamw)

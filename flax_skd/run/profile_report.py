@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from flax_skd.io.extras import require
 from flax_skd.method import macs
 from flax_skd.method.spec import SubnetSpec
+from flax_skd.run import report
 
 CLOSE = 0.10  # a prediction further off than this is marked
 MULTIPLES = (4, 8, 16)
@@ -105,13 +105,9 @@ def figure(profile: Any):
     Returns:
       A matplotlib figure, made without a screen.
     """
-    require("matplotlib")
-    from matplotlib.figure import Figure
-
     stairs = stairs_of(profile.measured)
-    panels = len(profile.latency) + len(stairs)
-    fig = Figure(figsize=(3.8 * panels, 3.8), layout="constrained")
-    axes = list(fig.subplots(1, panels, squeeze=False)[0])
+    count = len(profile.latency) + len(stairs)
+    fig, axes = report.panels(count, (3.8 * count, 3.8))
     for axis, batch_size in zip(axes, profile.latency):
         _scatter(axis, [r for r in profile.measured if r["batch_size"] == batch_size])
         axis.set_title(f"batch {batch_size}", fontsize=10)
@@ -121,9 +117,6 @@ def figure(profile: Any):
         axis.set_title(f"{branch}, the other branch full", fontsize=10)
         axis.set_xlabel("kept dims in every block")
         axis.set_ylabel("time over the full network's")
-    for axis in axes:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
     fig.suptitle(f"{profile.device}, {profile.dtype}", fontsize=11)
     return fig
 

@@ -1,7 +1,6 @@
 """The profile command: what sub-networks take on this device, measured and fitted."""
 
 import pathlib
-import sys
 from typing import Any
 
 import jax
@@ -10,11 +9,10 @@ import numpy as np
 from flax_skd.io import checkpoint
 from flax_skd.io import directory as folder
 from flax_skd.io.checkpoint import SuperNet
-from flax_skd.io.extras import require
 from flax_skd.method import latency, latency_design
 from flax_skd.method.latency import Anchors, Latency
 from flax_skd.method.spec import SubnetSpec, ViTSpec
-from flax_skd.run import commands, profile_report, time_budget, timing
+from flax_skd.run import commands, feed, profile_report, time_budget, timing
 from flax_skd.run.time_budget import FILES
 
 
@@ -134,14 +132,14 @@ def _measured(
     pixels = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     images = jax.device_put(pixels, device)
     programs, compile_seconds = {}, {}
-    with _bar(f"compile, batch {batch_size}", len(networks)) as bar:
+    with feed.progress(f"compile, batch {batch_size}", len(networks), unit="it") as bar:
         for name, (_, widths) in networks.items():
             programs[name], compile_seconds[name] = timing.compiled(
                 params, spec, widths, images, dtype=dtype
             )
             bar.update(1)
     turns = config.rounds * (len(networks) - 1)
-    with _bar(f"time, batch {batch_size}", turns) as bar:
+    with feed.progress(f"time, batch {batch_size}", turns, unit="it") as bar:
         times = timing.paired(
             programs, against="full", rounds=config.rounds, progress=bar.update
         )
@@ -151,11 +149,6 @@ def _measured(
         | times[name]._asdict()
         for name, (use, widths) in networks.items()
     ]
-
-
-def _bar(what: str, total: int):
-    rest = 0.2 if sys.stderr.isatty() else 60
-    return require("tqdm").tqdm(desc=what, total=total, mininterval=rest)
 
 
 def fitted(rows: list[dict[str, Any]], batch_size: int) -> tuple[Latency, Anchors]:

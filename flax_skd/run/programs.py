@@ -24,12 +24,12 @@ class Program(NamedTuple):
       model: what is trained.
       params: where it starts.
       loss: what a step minimises.
+      save: function (directory, params, extra, facts), replacing what is there.
       extra: what the loss reads besides, such as a dropout list.
       before_epoch: function (index, state) -> the next `extra` or state, or None.
       every_epochs: epochs from one call of `before_epoch` to the next.
       sizes: function of `extra` -> {name: widths} to evaluate; None as widths is the
         model as it is.
-      save: function (directory, params, extra, facts), replacing what is there.
       before_step, after_update, before_loss: see `train.fit`, or None.
       network: function (params, extra) -> parameters of `model`, which are evaluated:
         where what is trained is not the network itself.
@@ -41,11 +41,11 @@ class Program(NamedTuple):
     model: ViT
     params: Params
     loss: Loss
-    extra: Any
-    before_epoch: Callable[[int, Any], Any] | None
-    sizes: Callable[[Any], dict[str, SubnetSpec | None]]
     save: Callable[[pathlib.Path, Params, Any, dict[str, Any]], None]
+    extra: Any = None
+    before_epoch: Callable[[int, Any], Any] | None = None
     every_epochs: float = 1.0
+    sizes: Callable[[Any], dict[str, SubnetSpec | None]] = lambda extra: {"full": None}
     before_step: Callable[[int, Any], tuple[Any, Loss]] | None = None
     after_update: AfterUpdate | None = None
     network: Callable[[Params, Any], Params] = lambda params, extra: params
@@ -53,11 +53,6 @@ class Program(NamedTuple):
     stages: int = 1
     files: tuple[str, ...] = checkpoint.SUPERNET_FILES
     frozen: Params | None = None
-
-
-def _as_it_is(extra: Any) -> dict[str, None]:
-    del extra
-    return {"full": None}
 
 
 def scratch(config: Any, spec: ViTSpec) -> Program:
@@ -82,13 +77,19 @@ def _whole(config: Any, spec: ViTSpec, params: Params, provenance: dict) -> Prog
 
     def save(directory, params, extra, facts):
         del extra
-        full = piad.from_rows([SubnetSpec.full(spec)], spec)
-        facts = {**provenance, **facts}
-        network = commands.stamped(SuperNet(params, spec, full, {}), facts)
-        checkpoint.save_supernet(directory, network, overwrite=directory.exists())
+        one_level = piad.uniform(spec, steps=1)
+        network = SuperNet(params, spec, one_level, provenance)
+        save_trained(directory, network, facts)
 
-    loss = configured_loss.ordinary(config, model)
-    return Program(model, params, loss, None, None, _as_it_is, save)
+    return Program(model, params, configured_loss.ordinary(config, model), save)
+
+
+def save_trained(
+    directory: pathlib.Path, network: SuperNet, facts: dict[str, Any]
+) -> None:
+    """Writes a super-network with facts of its training, replacing what is there."""
+    trained = commands.stamped(network, facts)
+    checkpoint.save_supernet(directory, trained, overwrite=directory.exists())
 
 
 def finetune(config: Any, small: SubNet) -> Program:
@@ -106,10 +107,8 @@ def finetune(config: Any, small: SubNet) -> Program:
         checkpoint.save_subnet(directory, trained, overwrite=directory.exists())
 
     loss = configured_loss.ordinary(config, model)
-    return Program(
-        *(model, small.params, loss, None, None, _as_it_is, save),
-        files=checkpoint.SUBNET_FILES,
-    )
+    files = checkpoint.SUBNET_FILES
+    return Program(model, small.params, loss, save, files=files)
 
 
 def piad_program(config: Any, supernet: SuperNet) -> Program:
@@ -128,12 +127,7 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
             "--config.compensation=none."
         )
     model = configured_loss.vit_of(config, spec)
-    groups = growth.Groups(
-        options.groups.attn,
-        options.groups.mlp,
-        options.groups.attn_lane,
-        options.groups.mlp_lane,
-    )
+    groups = growth.Groups(**options.groups)
 
     def sizes(extra):
         levels = extra.dropout_list
@@ -148,8 +142,7 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
             dropout_list=piad.from_rows(rows, spec),
             compensation=extra.compensation,  # as trained, whatever lies there now
         )
-        network = commands.stamped(network, {**facts, "trained": "piad"})
-        checkpoint.save_supernet(directory, network, overwrite=directory.exists())
+        save_trained(directory, network, {**facts, "trained": "piad"})
 
     teacher = configured_loss.teacher_of(config)
     loss = configured_loss.of_piad(config, model, groups, teacher)
@@ -164,12 +157,12 @@ def piad_program(config: Any, supernet: SuperNet) -> Program:
         model,
         supernet.params,
         loss,
-        extra,
-        grow,
-        sizes,
         save,
-        options.grow_epochs,
-        before_step,
+        extra=extra,
+        before_epoch=grow,
+        every_epochs=options.grow_epochs,
+        sizes=sizes,
+        before_step=before_step,
         before_loss=before_loss,
         stages=stages,
         frozen=teacher and teacher.params,

@@ -11,7 +11,7 @@ import numpy as np
 
 from flax_skd.io import data, sources
 from flax_skd.io.checkpoint import SuperNet
-from flax_skd.method import compensation, costs, moments, recalibration, subnet
+from flax_skd.method import compensation, costs, recalibration, subnet
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.statistics import collect
 from flax_skd.method.vit import Array, Params, ViT
@@ -41,11 +41,7 @@ def recalibrated(
     batches: Batches,
     held_out: Batches,
     *,
-    cost: costs.Cost = costs.top_logit,
-    tokens: str = "gradient",
-    ridge: float = moments.RIDGE,
     rounds: int = 2,
-    dtype: Any = jnp.float32,
 ) -> Recalibrated:
     """Fits the repairs of one cut to the cut network's own statistics, then its head.
 
@@ -59,10 +55,7 @@ def recalibrated(
       widths: of the size wanted.
       batches: images to fit to, read `rounds` times and once more for the features.
       held_out: other images, to choose by, read once.
-      cost: of the statistics; the default needs no labels.
-      tokens, ridge: as of the network's own moments.
       rounds: 0 corrects the head alone.
-      dtype: of the forward and backward pass.
 
     Raises:
       ValueError: if the network has no compensation, or there are no images.
@@ -73,8 +66,8 @@ def recalibrated(
             "--config.compensation=least_squares (configs/balanced.py)."
         )
     spec = network.spec
-    model = ViT(spec, dtype=dtype)
-    traced = SubnetSpec(*(np.array(field, np.int32) for field in widths))
+    model = ViT(spec)
+    traced = subnet.as_data(widths)
     masks = subnet.masks(spec, traced)
     repaired = jax.jit(compensation.repaired, static_argnums=1)
     repairs = network.compensation
@@ -85,18 +78,13 @@ def recalibrated(
             model,
             last,
             batches,
-            cost=cost,
+            cost=costs.top_logit,  # which needs no labels
             weightings=(),
-            moments=(tokens,),
+            moments=("gradient",),
             masks=masks,
         )
         repairs = recalibration.own_compensation(
-            jax.device_get(own),
-            spec,
-            network.compensation,
-            widths,
-            tokens=tokens,
-            ridge=ridge,
+            jax.device_get(own), spec, network.compensation, widths
         )
         found[f"round {number}"] = repaired(network.params, spec, repairs, traced)
     if spec.num_classes:

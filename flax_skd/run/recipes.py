@@ -1,5 +1,6 @@
 """Recipes of contraction: the axes of heads, the order of units, what repairs a cut."""
 
+import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -61,6 +62,14 @@ class Recipe(NamedTuple):
         return tuple(dict.fromkeys((*self.criterion.moments, *own)))
 
 
+def sums_for(recipes: Iterable[Recipe]) -> dict[str, tuple[str, ...]]:
+    """What one pass has to collect for all of these, as `statistics.collect` takes it."""
+    made = list(recipes)
+    weightings = {w for recipe in made for w in recipe.criterion.weightings}
+    moments = {m for recipe in made for m in recipe.moments()}
+    return {"weightings": tuple(sorted(weightings)), "moments": tuple(sorted(moments))}
+
+
 def contracted(
     network: SuperNet,
     stats: Statistics,
@@ -95,25 +104,16 @@ def contracted(
     params = jax.device_get(jax.jit(contraction.inject)(network.params, changes))
     repairs = None
     if recipe.compensation != "none":
+        moment = functools.partial(stats.branch_moment, weighting=recipe.tokens)
+        blocks = [*enumerate(changes)]
         repairs = compensation.from_moments(
-            [
-                moments.rotated(_moment(stats, i, "attn", recipe.tokens), change.value)
-                for i, change in enumerate(changes)
-            ],
-            [
-                moments.permuted(_moment(stats, i, "mlp", recipe.tokens), change.units)
-                for i, change in enumerate(changes)
-            ],
+            [moments.rotated(moment(i, "attn"), c.value) for i, c in blocks],
+            [moments.permuted(moment(i, "mlp"), c.units) for i, c in blocks],
             spec,
             ridge=recipe.ridge,
         )
         repairs = jax.device_get(compensation.MODES[recipe.compensation](repairs))
     return network._replace(params=params, compensation=repairs)
-
-
-def _moment(stats: Statistics, index: int, branch: str, tokens: str) -> moments.Moment:
-    mean = np.asarray(stats.branch_mean(index, branch, tokens), np.float64)
-    return mean, np.asarray(stats.branch_covariance(index, branch, tokens), np.float64)
 
 
 def _orders(network: SuperNet, stats: Statistics, recipe: Recipe):
@@ -125,7 +125,7 @@ def _orders(network: SuperNet, stats: Statistics, recipe: Recipe):
         if "layer_scale2" in block:
             w2 = w2 * np.asarray(block["layer_scale2"], np.float64)
         try:
-            found.append(order(_moment(stats, i, "mlp", recipe.tokens)[1], w2))
+            found.append(order(stats.branch_moment(i, "mlp", recipe.tokens)[1], w2))
         except ValueError as error:
             raise ValueError(f"block {i}: {error}") from error
     return tuple(found)

@@ -47,14 +47,13 @@ def table(rows: Rows) -> str:
     )
 
 
-def pivot(rows: Rows, value: str = "top1") -> str:
-    """One line a cut and share, one column a criterion; Markdown."""
+def pivot(rows: Rows) -> str:
+    """Top-1, one line a cut and share, one column a criterion; Markdown."""
     criteria = list(dict.fromkeys(r["criterion"] for r in rows))
     cells: dict[tuple[str, float], dict[str, str]] = {}
     for r in rows:
-        cells.setdefault((r["cut"], r["kept"]), {})[r["criterion"]] = _cell(
-            value, r[value]
-        )
+        found = cells.setdefault((r["cut"], r["kept"]), {})
+        found[r["criterion"]] = _cell("top1", r["top1"])
     lines = ["| cut | kept | " + " | ".join(criteria) + " |"]
     lines.append("|" + "---|" * (len(criteria) + 2))
     # Cuts as they came, the whole network first and then smaller and smaller.
@@ -112,6 +111,25 @@ class Axis(NamedTuple):
     unit: float
 
 
+def panels(count: int, size: tuple[float, float], *, sharey: bool = False):
+    """A matplotlib figure, made without a screen, and its panels side by side.
+
+    Args:
+      count: of the panels.
+      size: of the figure, in inches.
+      sharey: whether panels have one vertical axis.
+    """
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=size, layout="constrained")
+    axes = list(fig.subplots(1, count, sharey=sharey, squeeze=False)[0])
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    return fig, axes
+
+
 def figure(rows: Rows, *, title: str, along: Axis | None = None):
     """Accuracy against size, one panel a cut and one line a criterion.
 
@@ -123,25 +141,20 @@ def figure(rows: Rows, *, title: str, along: Axis | None = None):
     Returns:
       A matplotlib figure, made without a screen.
     """
-    require("matplotlib")
-    from matplotlib.figure import Figure
-
-    panels = list(dict.fromkeys(r["cut"] for r in rows if r["kept"] < 1)) or ["all"]
-    fig = Figure(figsize=(max(5.2, 3.6 * len(panels)), 4.2), layout="constrained")
-    axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    cuts = list(dict.fromkeys(r["cut"] for r in rows if r["kept"] < 1)) or ["all"]
+    size = max(5.2, 3.6 * len(cuts)), 4.2
+    fig, axes = panels(len(cuts), size, sharey=True)
     criteria = list(dict.fromkeys(r["criterion"] for r in rows))
     if along is None:
-        unit, size = _unit(max(r["macs"] for r in rows))
-        along = Axis("macs", f"{unit} an image (full count)", size)
-    for axis, cut in zip(axes, panels):
+        unit, many = _unit(max(r["macs"] for r in rows))
+        along = Axis("macs", f"{unit} an image (full count)", many)
+    for axis, cut in zip(axes, cuts):
         for i, name in enumerate(criteria):
             mine = [r for r in rows if r["criterion"] == name]
             points = [r for r in mine if r["cut"] == cut or r["kept"] == 1]
             _line(axis, points, name, along, first=i == 0)
         axis.set_title(_panel_title(cut), fontsize=10)
         axis.set_xlabel(along.label)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("top-1 accuracy, %")
     axes[-1].legend(frameon=False, fontsize=8, loc="lower right")
     fig.suptitle(title, fontsize=11)

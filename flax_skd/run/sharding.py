@@ -12,14 +12,13 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "model")
-Rules = tuple[tuple[str, PartitionSpec], ...]
 
 # Path pattern -> mesh axes of the array's axes; the first that matches counts, and what
 # none matches lies whole on every device: norms, tokens, positions, small biases. Heads
 # and hidden units go over `model`, so that a branch needs one sum over it; the width
 # goes over `fsdp`, which only saves memory. Moments and averages of an array have its
 # path at the end of theirs.
-RULES: Rules = (
+RULES = (
     (r"attn/(query|key|value)/kernel$", PartitionSpec("fsdp", "model", None)),
     (r"attn/(query|key|value)/bias$", PartitionSpec("model", None)),
     (r"attn/out/kernel$", PartitionSpec("model", None, "fsdp")),
@@ -79,13 +78,12 @@ def _check_processes(mesh: Mesh) -> None:
         )
 
 
-def param_sharding(params: Any, mesh: Mesh, *, rules: Rules = RULES) -> Any:
-    """Where each array of a tree lies: parameters, optimizer state or both.
+def param_sharding(params: Any, mesh: Mesh) -> Any:
+    """Where each array of a tree lies by `RULES`: parameters, optimizer state or both.
 
     Args:
       params: any pytree of arrays; paths are keys joined by `/`.
       mesh: of any axes; those that a rule names and the mesh lacks are left out.
-      rules: pairs of a regular expression, searched in the path, and axes.
 
     Returns:
       The tree with a `NamedSharding` in place of each array. An axis that the mesh
@@ -94,7 +92,7 @@ def param_sharding(params: Any, mesh: Mesh, *, rules: Rules = RULES) -> Any:
 
     def place(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for pattern, axes in rules:
+        for pattern, axes in RULES:
             if re.search(pattern, name):
                 return NamedSharding(mesh, _fitting(axes, np.shape(leaf), mesh))
         return NamedSharding(mesh, PartitionSpec())
@@ -104,9 +102,7 @@ def param_sharding(params: Any, mesh: Mesh, *, rules: Rules = RULES) -> Any:
 
 def _fitting(axes: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     def fits(axis, size):
-        names = axis if isinstance(axis, tuple) else (axis,)
-        known = all(n in mesh.shape for n in names)
-        return known and size % math.prod(mesh.shape[n] for n in names) == 0
+        return axis in mesh.shape and size % mesh.shape[axis] == 0
 
     return PartitionSpec(*(a if fits(a, n) else None for a, n in zip(axes, shape)))
 
@@ -132,7 +128,7 @@ def whole(params: Any, places: Any) -> Any:
 
 
 def gathered(tree: Any, mesh: Mesh) -> Any:
-    """A tree of arrays of a mesh, each whole on every device, so that any host reads it."""
+    """A tree of arrays, each whole on every device of the mesh: any host can read it."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 

@@ -11,7 +11,7 @@ from flax_skd.io import checkpoint, sources
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.io.differences import differences
 from flax_skd.io.directory import as_json, parse
-from flax_skd.method import macs, piad
+from flax_skd.method import piad
 from flax_skd.method.piad import DropoutList
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
@@ -53,8 +53,7 @@ def _within(spec: ViTSpec, levels: DropoutList, share: float) -> evaluate.Cut:
     """The largest level within a share of the MACs."""
     if not 0 < share <= 1:
         raise ValueError(f"kept = {share} must lie in (0, 1].")
-    limit = piad.limit_of(share, macs.macs(spec))
-    return evaluate.list_cut(spec, levels, piad.level_for(levels, spec, limit))
+    return evaluate.list_cut(spec, levels, piad.level_within(levels, spec, share))
 
 
 def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool) -> str:
@@ -159,12 +158,12 @@ def run_sweep(supernets, model, batches, cuts, *, after_each=lambda name, rows: 
     total = len(supernets) * len(cuts) * images.rows
     with feed.progress("sweep", total) as bar:
         return evaluate.sweep(
-            {name: feed.placed(s.params, mesh) for name, s in supernets.items()},
+            {name: sharding.gathered(s.params, mesh) for name, s in supernets.items()},
             model,
             images,
             cuts,
             repairs={
-                name: feed.placed(s.compensation, mesh)
+                name: sharding.gathered(s.compensation, mesh)
                 for name, s in supernets.items()
                 if s.compensation is not None
             },

@@ -1,7 +1,6 @@
 """Times of programs that take turns, as ratios to one of them."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -87,14 +86,6 @@ def paired(
         low, middle, high = (float(q) for q in np.quantile(found, (0.25, 0.5, 0.75)))
         timings[name] = Timing(middle * full, middle, low, high)
     return {name: timings[name] for name in programs}
-
-
-def freed_memory() -> str:
-    """`kept` if glibc was told to keep what a program frees, else `returned`.
-
-    Returned to the kernel, every page that a step touches is cleared and mapped again.
-    """
-    return "kept" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "returned"
 
 
 def _timed(run: Program, calls: int, ahead: bool, clock: Callable[[], float]) -> float:

@@ -1,37 +1,32 @@
 """The order of each block's hidden units that loses least, as measured."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from flax_skd.io.checkpoint import SuperNet
+from flax_skd.method import piad
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
 from flax_skd.run import evaluate
 
 _LOG = logging.getLogger(__name__)
-SHARES = (3 / 4, 1 / 2)
+SHARES = (3 / 4, 1 / 2)  # of hidden units kept
 
 
 def chosen(
-    networks: dict[str, SuperNet],
-    batches: Iterable[dict[str, Any]],
-    *,
-    shares: tuple[float, ...] = SHARES,
-    progress: Callable[[int], Any] = lambda images: None,
+    networks: dict[str, SuperNet], batches: Iterable[dict[str, Any]]
 ) -> tuple[str, ...]:
     """For every block the key of the network whose cut of that MLP alone costs least.
 
     An order that wins at half may lose at three quarters: the divergences from the full
-    network at all `shares` are multiplied, so that each counts by its ratio.
+    network at all `SHARES` are multiplied, so that each counts by its ratio.
 
     Args:
       networks: the same network under different unit orders, repairs included.
       batches: images, read once a network; labels do not matter.
-      shares: of hidden units kept.
-      progress: as of `evaluate.evaluate`.
 
     Returns:
       Keys, one a block; of equal ones the first.
@@ -39,26 +34,16 @@ def chosen(
     spec = next(iter(networks.values())).spec
     full = SubnetSpec.full(spec)
     cuts = [
-        full._replace(
-            mlp_dim=tuple(
-                max(1, round(share * m)) if i == block else m
-                for i, m in enumerate(full.mlp_dim)
-            )
-        )
-        for share in shares
+        piad.narrowed(full, block, ("mlp_dim",), max(1, round(share * spec.mlp_dim)))
+        for share in SHARES
         for block in range(spec.depth)
     ]
     losses = []
     for network in networks.values():
         scores = evaluate.evaluate(
-            ViT(spec),
-            network.params,
-            batches,
-            cuts,
-            repairs=network.compensation,
-            progress=progress,
+            ViT(spec), network.params, batches, cuts, repairs=network.compensation
         )
-        losses.append(np.reshape([s.kl for s in scores], (len(shares), spec.depth)))
+        losses.append(np.reshape([s.kl for s in scores], (len(SHARES), spec.depth)))
     floor = np.finfo(np.float32).eps  # below it divergences are rounding
     totals = np.log(np.maximum(losses, floor)).sum(1)
     names = list(networks)

@@ -2,11 +2,11 @@
 
 import io
 import os
-import pathlib
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
-from flax_skd.io import checked, checkpoint
+from flax_skd.io import checkpoint
 from flax_skd.io import directory as folder
 from flax_skd.io.checkpoint import SubNet
 from flax_skd.io.formats import folding
@@ -37,19 +37,11 @@ def write_npz(
       ValueError: if the network is empty, or the directory may not be written.
     """
     folding.check_kept(network.widths)
-    facts = {
-        "spec": network.spec.to_dict(),
-        "widths": network.widths._asdict(),
-        "macs": checked.macs_of(network.spec, network.widths),
-        "provenance": network.provenance,
-    }
-    flat = checkpoint.flatten_dict(folding.in_float32(network.params), sep=".")
-
-    def write(fresh: pathlib.Path) -> None:
-        folder.write_json(fresh / NPZ_FILES[0], "sub-network", facts)
-        (fresh / NPZ_FILES[1]).write_bytes(npz(flat))
-
-    folder.write_whole(directory, write, files=NPZ_FILES, overwrite=overwrite)
+    facts = checkpoint.facts_of(network)
+    content = npz(flatten_dict(folding.in_float32(network.params), sep="."))
+    folder.write_files(
+        directory, NPZ_FILES, "sub-network", facts, content, overwrite=overwrite
+    )
 
 
 def npz(arrays: dict[str, np.ndarray]) -> bytes:

@@ -1,7 +1,6 @@
 """A sub-network for plain Flax: `nn.MultiHeadDotProductAttention`, vit_jax's names."""
 
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -96,9 +95,7 @@ def write(
     """
     named, config = convert(network)
     facts = {"config": config, "preprocessing": folding.preprocessing(network.spec)}
-
-    def fill(fresh: pathlib.Path) -> None:
-        folder.write_json(fresh / FILES[0], "flax export", facts)
-        (fresh / FILES[1]).write_bytes(arrays.npz(named))
-
-    folder.write_whole(directory, fill, files=FILES, overwrite=overwrite)
+    content = arrays.npz(named)
+    folder.write_files(
+        directory, FILES, "flax export", facts, content, overwrite=overwrite
+    )

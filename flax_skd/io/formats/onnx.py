@@ -27,6 +27,7 @@ from flax_skd.method.vit import ViT
 
 FILES = ("config.json", "model.onnx")
 OPSET = 20  # the first with Gelu
+_ENVIRONMENT = "onnx_env"
 _OLDEST = 15  # Shape with `start`, which a batch of any size needs
 
 
@@ -97,12 +98,9 @@ def write(
     """
     content = convert(network, opset=opset)
     facts = {"opset": opset, "preprocessing": folding.preprocessing(network.spec)}
-
-    def fill(fresh: pathlib.Path) -> None:
-        folder.write_json(fresh / FILES[0], "onnx export", facts)
-        (fresh / FILES[1]).write_bytes(content)
-
-    folder.write_whole(directory, fill, files=FILES, overwrite=overwrite)
+    folder.write_files(
+        directory, FILES, "onnx export", facts, content, overwrite=overwrite
+    )
 
 
 def installed() -> bool:
@@ -110,20 +108,18 @@ def installed() -> bool:
     return importlib.util.find_spec("jax2onnx") is not None
 
 
-def environment_commands(name: str = "onnx_env") -> list[str]:
+def environment_commands() -> list[str]:
     """Shell commands that make an environment where this module runs."""
     return [
-        f"{shlex.quote(sys.executable)} -m venv {name}",
-        f"{name}/bin/pip install jax2onnx onnxruntime flax optax safetensors",
-        f"{name}/bin/pip install --no-deps {shlex.quote(_this_package())}",
+        f"{shlex.quote(sys.executable)} -m venv {_ENVIRONMENT}",
+        f"{_ENVIRONMENT}/bin/pip install jax2onnx onnxruntime flax optax safetensors",
+        f"{_ENVIRONMENT}/bin/pip install --no-deps {shlex.quote(_this_package())}",
     ]
 
 
-def command(
-    subnet: pathlib.Path, out: pathlib.Path, *, opset: int, name: str = "onnx_env"
-) -> str:
+def command(subnet: pathlib.Path, out: pathlib.Path, *, opset: int) -> str:
     """The shell command that converts one sub-network there, unless it did before."""
-    python = f"{name}/bin/python -m flax_skd.io.formats.onnx"
+    python = f"{_ENVIRONMENT}/bin/python -m flax_skd.io.formats.onnx"
     paths = shlex.join(map(str, (subnet, out)))
     version = f" --opset={opset}" if opset != OPSET else ""
     return f"{python} {paths} --keep{version}"

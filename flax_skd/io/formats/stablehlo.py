@@ -1,7 +1,6 @@
 """A sub-network as StableHLO: `jax.export`, read back by jax without our code."""
 
 import os
-import pathlib
 from typing import Any
 
 import jax
@@ -113,10 +112,6 @@ def write(
         "image_dtype": "float32",
         "preprocessing": folding.preprocessing(network.spec),
     }
-
-    def fill(fresh: pathlib.Path) -> None:
-        folder.write_json(fresh / FILES[0], "jax_export export", facts)
-        for name, data in zip(FILES[1:], content):
-            (fresh / name).write_bytes(data)
-
-    folder.write_whole(directory, fill, files=FILES, overwrite=overwrite)
+    folder.write_files(
+        directory, FILES, "jax_export export", facts, *content, overwrite=overwrite
+    )

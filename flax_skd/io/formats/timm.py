@@ -1,7 +1,6 @@
 """A sub-network as timm's state dict, and what timm needs to build it."""
 
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -107,10 +106,7 @@ def write(
     """
     named, config = convert(network)
     facts = {"config": config, "preprocessing": folding.preprocessing(network.spec)}
-    save = require("safetensors.numpy").save
-
-    def fill(fresh: pathlib.Path) -> None:
-        folder.write_json(fresh / FILES[0], "timm export", facts)
-        (fresh / FILES[1]).write_bytes(save(named, metadata={"format": "pt"}))
-
-    folder.write_whole(directory, fill, files=FILES, overwrite=overwrite)
+    tensors = require("safetensors.numpy").save(named, metadata={"format": "pt"})
+    folder.write_files(
+        directory, FILES, "timm export", facts, tensors, overwrite=overwrite
+    )
