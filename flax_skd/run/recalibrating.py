@@ -11,7 +11,14 @@ import numpy as np
 
 from flax_skd.io import data, sources
 from flax_skd.io.checkpoint import SuperNet
-from flax_skd.method import compensation, costs, moments, recalibration, subnet
+from flax_skd.method import (
+    compensation,
+    costs,
+    losses,
+    moments,
+    recalibration,
+    subnet,
+)
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.statistics import collect
 from flax_skd.method.vit import Array, Params, ViT
@@ -41,7 +48,7 @@ def recalibrated(
     batches: Batches,
     held_out: Batches,
     *,
-    cost: costs.Cost = costs.top_logit,
+    cost: costs.Cost | None = None,
     tokens: str = "gradient",
     ridge: float = moments.RIDGE,
     rounds: int = 2,
@@ -59,7 +66,8 @@ def recalibrated(
       widths: of the size wanted.
       batches: images to fit to, read `rounds` times and once more for the features.
       held_out: other images, to choose by, read once.
-      cost: of the statistics; the default needs no labels.
+      cost: of the statistics; the default, `top_logit`, or `feature` of a network
+        without a head, needs no labels.
       tokens, ridge: as of the network's own moments.
       rounds: 0 corrects the head alone.
       dtype: of the forward and backward pass.
@@ -73,6 +81,7 @@ def recalibrated(
             "--config.compensation=least_squares (configs/balanced.py)."
         )
     spec = network.spec
+    cost = cost or (costs.top_logit if spec.num_classes else costs.feature)
     model = ViT(spec, dtype=dtype)
     traced = SubnetSpec(*(np.array(field, np.int32) for field in widths))
     masks = subnet.masks(spec, traced)
@@ -203,12 +212,12 @@ def _heads_corrected(
 def _divergences(
     model: ViT, full: Params, found: dict[str, Params], masks: Any, batches: Batches
 ) -> dict[str, float]:
-    """Mean KL divergence of each cut network from the full one, each image read once."""
+    """Mean divergence of each cut network from the full one, each image read once."""
     totals, images = dict.fromkeys(found, 0.0), 0.0
     for batch in batches:
-        log_full = _log_full(model, full, batch["image"])
+        want = _outputs(model, full, batch["image"])
         for name, params in found.items():
-            totals[name] += float(_kl_sum(model, log_full, params, masks, batch))
+            totals[name] += float(_divergence(model, want, params, masks, batch))
         images += float(np.asarray(batch["weight"]).sum())
     if not images:
         raise ValueError("no images to choose by: hold some out.")
@@ -216,12 +225,12 @@ def _divergences(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _log_full(model, full, images):
-    return jax.nn.log_softmax(model.apply({"params": full}, images))
+def _outputs(model, full, images):
+    return model.apply({"params": full}, images)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _kl_sum(model, log_full, params, masks, batch):
-    logits = model.apply({"params": params}, batch["image"], masks)
-    kl = (jnp.exp(log_full) * (log_full - jax.nn.log_softmax(logits))).sum(-1)
-    return (kl * batch["weight"]).sum()
+def _divergence(model, want, params, masks, batch):
+    found = model.apply({"params": params}, batch["image"], masks)
+    each = losses.divergences(found, want, num_classes=model.spec.num_classes)
+    return (each * batch["weight"]).sum()
