@@ -54,7 +54,7 @@ def random_repairs(spec, seed=0):
 
     def moment(n):
         data = rng.normal(size=(4 * n, n)) @ rng.normal(size=(n, n)) + 0.3
-        return data.mean(0), np.cov(data.T)
+        return data.mean(0), np.atleast_2d(np.cov(data.T))
 
     sizes = compensation.inner_units(spec)
     blocks = range(spec.depth)

@@ -46,6 +46,7 @@ VARIANTS = {
         "distilled": True,
         "pos_embed_prefix": False,
     },
+    "distilled, norm of the tokens": {"distilled": True, "fc_norm": True},
     "pre-norm": {"pre_norm": True},
     "pre-logits": {"pre_logits": 6},
     "no head": {"num_classes": 0},

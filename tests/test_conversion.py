@@ -86,6 +86,16 @@ def test_a_clip_style_file_without_patch_bias_comes_back_without_it(weights):
     assert same(conversion.to_timm(source.params, source.spec), tensors)
 
 
+def test_the_norm_of_a_distilled_networks_two_tokens_is_timms_norm_of_all(weights):
+    spec = SPECS["distilled"].replace(fc_norm=True)
+    params = family_files.random_params(spec)
+    conversion.write_timm(weights, params, spec)
+    source = read_timm(weights, spec)
+    assert source.spec == SPECS["distilled"]
+    params["norm"] = params.pop("fc_norm")
+    assert same(source.params, params)
+
+
 def test_names_of_deit3s_own_files_are_read(weights):
     spec = SPECS["deit3"]
     params = family_files.random_params(spec)

@@ -57,6 +57,21 @@ def test_scores_equal_the_definitions_on_padded_batches(spec, params, batch):
     )
 
 
+@pytest.mark.parametrize("classes", [0, 1])
+def test_one_logit_or_a_feature_is_as_far_as_it_moved(spec, params, batch, classes):
+    spec = spec.replace(num_classes=classes)
+    head = {k: v[..., :1] for k, v in params["head"].items()}
+    params = {k: v for k, v in params.items() if k != "head"}
+    params |= {"head": head} if classes else {}
+    widths = SubnetSpec.uniform(spec, 4, 5, 11)
+    (score,) = evaluate.evaluate(ViT(spec), params, batches(batch), [widths])
+    full = ViT(spec).apply({"params": params}, batch["image"])
+    masks = subnet.masks(spec, widths)
+    cut = ViT(spec).apply({"params": params}, batch["image"], masks)
+    want = float(jnp.square(full - cut).mean())
+    assert score.kl == pytest.approx(want, rel=1e-4) and want > 1e-6
+
+
 def test_the_full_network_agrees_with_itself(spec, params, batch):
     full = SubnetSpec.full(spec)
     (score,) = evaluate.evaluate(ViT(spec), params, [batch], [full])

@@ -40,6 +40,7 @@ EMPTY = SubnetSpec((0,) * 3, (0,) * 3, (0,) * 3)
 FLAX_REFUSES = {
     "distilled": "distillation token",
     "distilled, positions of patches only": "distillation token",
+    "distilled, norm of the tokens": "distillation token",
     "pre-norm": "pre_norm",
     "average then norm": "fc_norm",
 }
@@ -321,6 +322,18 @@ def test_a_distilled_network_needs_more_than_the_plain_constructor():
     full = SubnetSpec.full(spec)
     config = timm.convert(export_page.small_network(spec, full)[0])[1]
     assert config["distilled"] and not config["constructor_suffices"]
+
+
+def test_timms_distilled_class_which_norms_no_single_token_norms_all():
+    spec = export_page.TINY.replace(distilled=True, fc_norm=True)
+    small = export_page.small_network(spec)[0]
+    named, config = timm.convert(small)
+    assert not config["arguments"]["fc_norm"]
+    assert [name for name in named if "fc_norm" in name] == []
+    for name, leaf in (("weight", "scale"), ("bias", "bias")):
+        np.testing.assert_array_equal(
+            named[f"norm.{name}"], small.params["fc_norm"][leaf]
+        )
 
 
 @pytest.mark.parametrize("name", writers.FORMATS)

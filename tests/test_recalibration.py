@@ -205,6 +205,26 @@ def test_the_choice_is_never_worse_on_images_held_out(spec, network):
     np.testing.assert_allclose(alone, masked, atol=1e-5)
 
 
+@pytest.mark.parametrize("classes", [0, 1])
+def test_a_network_of_one_class_or_none_is_fitted_by_what_it_gives(
+    spec, network, classes
+):
+    params = {k: v for k, v in network.params.items() if k != "head"}
+    if classes:
+        params["head"] = {k: v[..., :1] for k, v in network.params["head"].items()}
+    spec = spec.replace(num_classes=classes)
+    few = network._replace(params=params, spec=spec)
+    batches, held_out = batches_of(spec, 4, 5), batches_of(spec, 2, 6)
+    done = recalibrating.recalibrated(few, WIDTHS, batches, held_out, rounds=1)
+    assert len(done.kl) == (4 if classes else 2)
+    images, masks = live_images(held_out), subnet.masks(spec, WIDTHS)
+    full = ViT(spec).apply({"params": params}, images)
+    cut = ViT(spec).apply({"params": done.params}, images, masks)
+    want = np.square(np.asarray(full - cut)).mean()
+    assert done.kl[done.chosen] == pytest.approx(want, rel=1e-3)
+    assert 0 < done.kl[done.chosen] == min(done.kl.values())
+
+
 def live_images(batches):
     return np.concatenate([b["image"][b["weight"] > 0] for b in batches])
 

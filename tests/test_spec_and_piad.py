@@ -33,6 +33,8 @@ from flax_skd.method.spec import SubnetSpec, ViTSpec
         ({"class_token": False}, "pool = 'token' needs class_token"),
         ({"distilled": True, "pool": "avg"}, "pool = 'token'"),
         ({"width": 24.0}, "width = 24.0 must be a whole number"),
+        ({"qkv_bias": "no"}, r"qkv_bias = 'no': choose one of \(False, True\)"),
+        ({"fc_norm": None}, r"fc_norm = None: choose one of \(False, True\)"),
         ({"num_heads": "2"}, "num_heads = '2' must be a whole number"),
         (
             {"distilled": True, "pre_logits": 8, "num_classes": 0},
@@ -53,9 +55,11 @@ def test_numbers_of_any_kind_are_kept_as_floats(spec):
     assert {type(x) for x in (*made.mean, *made.std, made.norm_eps)} == {float}
 
 
-def test_a_spec_survives_json(spec):
+@pytest.mark.parametrize("flags", [{}, {"qkv_bias": 0, "layer_scale": np.bool_(1)}])
+def test_a_spec_survives_json(spec, flags):
     import json
 
+    spec = spec.replace(**flags)
     text = json.dumps(spec.to_dict())
     assert ViTSpec.from_dict(json.loads(text)) == spec
     assert hash(ViTSpec.from_dict(json.loads(text))) == hash(spec)

@@ -151,6 +151,26 @@ def test_a_backbone_without_a_head_is_calibrated_by_its_feature(spec, params, ba
         costs.cost_named("logit", 0)
 
 
+@pytest.mark.parametrize("name", ["top_logit", "self_kl"])
+def test_the_slope_of_the_largest_is_finite_where_it_is_computed_twice(
+    spec, params, batch, name
+):
+    """Of features behind a LayerNorm, compiled into every loop that reads them."""
+    headless = spec.replace(num_classes=0)
+    body = {k: v for k, v in params.items() if k != "head"}
+
+    @jax.jit
+    def slopes(body):
+        def total(body):
+            features = ViT(headless).apply({"params": body}, batch["image"])
+            return costs.COSTS[name](features, batch["label"]).sum()
+
+        return jax.grad(total)(body)
+
+    for leaf in jax.tree.leaves(slopes(body)):
+        assert np.isfinite(leaf).all()
+
+
 def test_an_unknown_cost_lists_the_known_ones():
     with pytest.raises(ValueError, match="'loss': choose one of logit, top_logit"):
         costs.cost_named("loss", 10)

@@ -62,6 +62,28 @@ def test_numbers_that_would_train_to_nothing(tmp_path, capsys, entry, words):
     assert words in told and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("classes", [0, 1])
+def test_fewer_than_two_classes_are_not_trained(network, tmp_path, capsys, classes):
+    model = f"--config.model.num_classes={classes}"
+    for start in (
+        (),
+        ("--config=configs/transfer.py", f"--config.model.path={network}"),
+    ):
+        source = "--config.data.source=digits:train"
+        args = ["train", *start, model, source, f"--workdir={tmp_path}/run"]
+        assert f"num_classes = {classes}: training tells" in refused(args, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_right_classes_are_not_counted_without_a_head(network, tmp_path, capsys):
+    found = checkpoint.load_supernet(network)
+    body = {k: v for k, v in found.params.items() if k != "head"}
+    bare = found._replace(params=body, spec=DIGITS.replace(num_classes=0))
+    checkpoint.save_supernet(tmp_path / "bare", bare)
+    args = ["sweep", f"--workdir={tmp_path}/bare", "--config.data.source=digits:test"]
+    assert "has no head, and a sweep counts" in refused(args, capsys)
+
+
 def test_a_config_of_another_command(tmp_path, capsys):
     args = ["train", "--config=configs/sweep.py", f"--workdir={tmp_path}/run"]
     assert "trains nothing: take one with a `program`" in refused(args, capsys)

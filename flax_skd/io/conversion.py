@@ -197,7 +197,8 @@ def to_timm(params: dict[str, Any], spec: ViTSpec) -> dict[str, np.ndarray]:
     """The state dict of this spec under timm's names.
 
     timm's VisionTransformer (VisionTransformerDistilled) of this spec loads it, but for
-    a `pre_logits` layer: it is written as `pre_logits.fc`, which timm once had.
+    a `pre_logits` layer: it is written as `pre_logits.fc`, which timm once had. Nor has
+    timm registers beside a distillation token.
 
     Args:
       params: of the full network.
@@ -210,6 +211,8 @@ def to_timm(params: dict[str, Any], spec: ViTSpec) -> dict[str, np.ndarray]:
       ConversionError: if params and spec disagree; every key is listed.
     """
     flat = tensor_layout.unnest(params, spec)
+    if spec.distilled:  # there timm norms all tokens: the same for those that are read
+        flat = {path.replace("fc_norm", "norm"): x for path, x in flat.items()}
     if spec.pre_norm and not flat["patch_embed/bias"].any():
         del flat["patch_embed/bias"]  # timm has none in front of norm_pre
     return tensor_layout.named("timm", flat, spec)

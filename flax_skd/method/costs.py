@@ -28,7 +28,7 @@ def top_logit(logits: Array, labels: Array) -> Array:
     Its gradient does not vanish where the model is sure, as that of a log-probability.
     """
     del labels
-    return logits.max(-1)
+    return _largest(logits)
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
@@ -53,7 +53,14 @@ def top_log_probability(logits: Array, labels: Array) -> Array:
     product of such gradients is the curvature of the KL.
     """
     del labels
-    return jax.nn.log_softmax(logits).max(-1)
+    return _largest(jax.nn.log_softmax(logits))
+
+
+def _largest(values: Array) -> Array:
+    # Not `max`: its gradient looks for values that equal it, which a compiler may
+    # compute twice, with other roundings, so that none does and 0 / 0 comes out.
+    first = values.argmax(-1, keepdims=True)
+    return jnp.take_along_axis(values, first, axis=-1)[:, 0]
 
 
 def feature(features: Array, labels: Array) -> Array:

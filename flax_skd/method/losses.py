@@ -37,6 +37,26 @@ def cross_entropy(
     return cross_entropies(logits, labels, label_smoothing=label_smoothing).mean()
 
 
+def divergences(outputs: Array, full: Array, *, num_classes: int) -> Array:
+    """How far the outputs of a sub-network are from the full network's.
+
+    The KL divergence of the full network's prediction, in nats. A single logit predicts
+    nothing else, and features predict nothing: of those the mean squared difference.
+
+    Args:
+      outputs: [B, K], or features [B, F] if K = 0.
+      full: of the full network, of the same shape.
+      num_classes: K.
+
+    Returns:
+      [B], of every image.
+    """
+    if num_classes < 2:
+        return jnp.square(outputs - full).mean(-1)
+    log_full, log_cut = jax.nn.log_softmax(full), jax.nn.log_softmax(outputs)
+    return (jnp.exp(log_full) * (log_full - log_cut)).sum(-1)
+
+
 def accuracy(logits: Array, labels: Array) -> Array:
     """Share of examples whose largest logit is the label's.
 

@@ -28,6 +28,8 @@ _CHOICES = {
     "gelu": ("exact", "tanh"),
     "interpolation": ("bicubic", "bilinear"),
     "crop_mode": ("center", "squash"),
+    **dict.fromkeys(("class_token", "distilled", "pos_embed_prefix"), (False, True)),
+    **dict.fromkeys(("qkv_bias", "layer_scale", "pre_norm", "fc_norm"), (False, True)),
 }
 
 
@@ -119,10 +121,10 @@ class ViTSpec:
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} = {value!r}: choose one of {allowed}.")
+            object.__setattr__(self, name, allowed[allowed.index(value)])  # 1 is True
         if self.image_size % self.patch_size:
             raise ValueError(
-                f"patch_size = {self.patch_size} does not divide image_size = "
-                f"{self.image_size}."
+                f"patch_size = {self.patch_size} does not divide image_size = {self.image_size}."
             )
         if self.pool == "token" and not self.class_token:
             raise ValueError("pool = 'token' needs class_token = True; or use 'avg'.")
@@ -171,9 +173,8 @@ class ViTSpec:
             )
         for name, value in fields.items():
             wanted = known[name].type
-            if wanted is float and isinstance(value, int):
-                continue
-            if wanted in (int, float, str, bool) and type(value) is not wanted:
+            kinds = (int, float) if wanted is float else (wanted,)
+            if wanted in (int, float, str, bool) and type(value) not in kinds:
                 raise ValueError(
                     f"not a ViTSpec: {name} = {value!r} should be {wanted.__name__}."
                 )

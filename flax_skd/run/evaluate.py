@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flax_skd.method import compensation, macs, subnet
+from flax_skd.method import compensation, losses, macs, subnet
 from flax_skd.method.compensation import Compensation
 from flax_skd.method.piad import DropoutList
 from flax_skd.method.spec import SubnetSpec, ViTSpec
@@ -30,7 +30,8 @@ class Score(NamedTuple):
 
     Attributes:
       top1, top5: accuracy in percent.
-      kl: mean KL divergence from the full network's output, nats.
+      kl: mean KL divergence from the full network's output, nats; with fewer than two
+        classes the mean of `losses.divergences`, which has no logarithm then.
       agreement: share of images with the full network's first class, percent.
       images: how many.
     """
@@ -100,8 +101,7 @@ def score_sums(
     live, labels = batch["weight"], batch["label"]
     _, top = jax.lax.top_k(logits, min(5, logits.shape[-1]))
     right = top == labels[:, None]
-    log_full, log_cut = jax.nn.log_softmax(full), jax.nn.log_softmax(logits)
-    kl = (jnp.exp(log_full) * (log_full - log_cut)).sum(-1)
+    kl = losses.divergences(logits, full, num_classes=model.spec.num_classes)
 
     def total(values):
         return (values.astype(live.dtype) * live).sum()

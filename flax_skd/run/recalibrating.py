@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flax_skd.io import data, sources
 from flax_skd.io.checkpoint import SuperNet
-from flax_skd.method import compensation, costs, recalibration, subnet
+from flax_skd.method import compensation, costs, losses, recalibration, subnet
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.statistics import collect
 from flax_skd.method.vit import Array, Params, ViT
@@ -66,6 +65,7 @@ def recalibrated(
             "--config.compensation=least_squares (configs/balanced.py)."
         )
     spec = network.spec
+    cost = costs.top_logit if spec.num_classes else costs.feature  # read no labels
     model = ViT(spec)
     traced = subnet.as_data(widths)
     masks = subnet.masks(spec, traced)
@@ -78,7 +78,7 @@ def recalibrated(
             model,
             last,
             batches,
-            cost=costs.top_logit,  # which needs no labels
+            cost=cost,
             weightings=(),
             moments=("gradient",),
             masks=masks,
@@ -191,12 +191,12 @@ def _heads_corrected(
 def _divergences(
     model: ViT, full: Params, found: dict[str, Params], masks: Any, batches: Batches
 ) -> dict[str, float]:
-    """Mean KL divergence of each cut network from the full one, each image read once."""
+    """Mean divergence of each cut network from the full one, each image read once."""
     totals, images = dict.fromkeys(found, 0.0), 0.0
     for batch in batches:
-        log_full = _log_full(model, full, batch["image"])
+        want = _outputs(model, full, batch["image"])
         for name, params in found.items():
-            totals[name] += float(_kl_sum(model, log_full, params, masks, batch))
+            totals[name] += float(_divergence(model, want, params, masks, batch))
         images += float(np.asarray(batch["weight"]).sum())
     if not images:
         raise ValueError("no images to choose by: hold some out.")
@@ -204,12 +204,12 @@ def _divergences(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _log_full(model, full, images):
-    return jax.nn.log_softmax(model.apply({"params": full}, images))
+def _outputs(model, full, images):
+    return model.apply({"params": full}, images)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _kl_sum(model, log_full, params, masks, batch):
-    logits = model.apply({"params": params}, batch["image"], masks)
-    kl = (jnp.exp(log_full) * (log_full - jax.nn.log_softmax(logits))).sum(-1)
-    return (kl * batch["weight"]).sum()
+def _divergence(model, want, params, masks, batch):
+    found = model.apply({"params": params}, batch["image"], masks)
+    each = losses.divergences(found, want, num_classes=model.spec.num_classes)
+    return (each * batch["weight"]).sum()

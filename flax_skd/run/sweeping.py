@@ -59,6 +59,11 @@ def _within(spec: ViTSpec, levels: DropoutList, share: float) -> evaluate.Cut:
 def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool) -> str:
     """The table of criteria against cuts, written after every criterion."""
     main = checkpoint.load_supernet(workdir)
+    if not main.spec.num_classes:
+        raise ValueError(
+            f"{workdir} has no head, and a sweep counts images of the right class: give "
+            "a network with one."
+        )
     facts = main.provenance
     name = facts.get("trained", facts.get("criterion", "as trained"))
     paths, supernets = {name: workdir}, {name: main}

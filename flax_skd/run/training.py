@@ -114,6 +114,11 @@ def train(
     target = pathlib.Path(workdir).expanduser() / NETWORK
     _check_network(target, program.files, overwrite=overwrite, resume=resume)
     spec = program.model.spec
+    if spec.num_classes < 2:
+        raise ValueError(
+            f"num_classes = {spec.num_classes}: training tells classes apart, so give "
+            "two or more, or a network with a head."
+        )
     source = feed.open_images(config.data, spec)
     batches = data.train_batches(
         source,

@@ -38,8 +38,7 @@ def convert(network: SubNet) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     padded = folding.padded(network)
     params = folding.without_layer_scale(folding.own_scale(padded.params, spec))
     params, spec = folding.position_for_every_token(params, spec)
-    if spec.fc_norm:  # on the class token alone: the same as on all tokens
-        params["norm"] = params.pop("fc_norm")
+    params, spec = folding.norm_of_every_token(params, spec)
     prefix = [params.pop("register_tokens")] if spec.registers else []
     flat = folding.flat(_with_biases(params))
     named = tensor_layout.named("jax", flat, spec)

@@ -115,6 +115,14 @@ def position_for_every_token(params: Params, spec: ViTSpec) -> tuple[Params, ViT
     return {**params, "pos_embed": table}, spec.replace(pos_embed_prefix=True)
 
 
+def norm_of_every_token(params: Params, spec: ViTSpec) -> tuple[Params, ViTSpec]:
+    """The last LayerNorm on all tokens, if it is on those alone that the head reads."""
+    if not spec.fc_norm or spec.pool != "token":
+        return params, spec
+    rest = {name: x for name, x in params.items() if name != "fc_norm"}
+    return rest | {"norm": params["fc_norm"]}, spec.replace(fc_norm=False)
+
+
 def without_patch_bias(params: Params, spec: ViTSpec) -> Params:
     """The bias of the patch embedding moved into the patches' position embeddings."""
     prefix = spec.num_prefix if spec.pos_embed_prefix else 0

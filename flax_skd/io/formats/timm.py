@@ -40,6 +40,8 @@ def convert(network: SubNet) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     padded = folding.padded(network)
     params = folding.own_scale(padded.params, spec)
     params, spec = folding.position_for_every_token(params, spec)
+    if spec.distilled:  # timm's class has no norm of single tokens
+        params, spec = folding.norm_of_every_token(params, spec)
     if spec.pre_norm:  # timm has no bias in front of norm_pre
         params = folding.without_patch_bias(params, spec)
     flat = folding.flat(params)
