@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import json
 import pathlib
 import pickle
 import re
@@ -14,6 +15,7 @@ import numpy as np
 
 from flax_skd.io import data, sources
 from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.differences import differences
 from flax_skd.method import compensation, macs, piad, subnet
 from flax_skd.method.piad import DropoutList
 from flax_skd.method.spec import SubnetSpec
@@ -63,7 +65,7 @@ class Harness:
         self.model = ViT(self.network.spec)
         self.recalibration_images = args.recalibration_images
         self._test, self._test_images = args.test, args.test_images
-        self._work = pathlib.Path(args.work)
+        self._work = _claimed(pathlib.Path(args.work), args)
         self._statistics: dict[tuple[int, str, str], Statistics] = {}
 
     def batches(self, images: int = 0):
@@ -92,7 +94,6 @@ class Harness:
             weightings=("plain", "gradient"),
             moments=self.moments,
         )
-        self._work.mkdir(parents=True, exist_ok=True)
         path.write_bytes(pickle.dumps(found))
         self._statistics[key] = found
         return found
@@ -139,7 +140,6 @@ class Harness:
             with np.load(path) as held:
                 return Scores(held["right"], held["kl"])
         scores = make()
-        self._work.mkdir(parents=True, exist_ok=True)
         np.savez(path, **scores._asdict())
         return scores
 
@@ -156,7 +156,6 @@ class Harness:
             with np.load(path) as held:
                 return network._replace(dropout_list=DropoutList(**held))
         levels = contracting.list_of(network, config.list, config)
-        self._work.mkdir(parents=True, exist_ok=True)
         np.savez(path, **levels._asdict())
         return network._replace(dropout_list=levels)
 
@@ -165,6 +164,18 @@ class Harness:
         limit = int(share * macs.macs(network.spec))
         level = piad.level_for(network.dropout_list, network.spec, limit)
         return network.dropout_list.widths(level, network.spec)
+
+
+def _claimed(work: pathlib.Path, args: argparse.Namespace) -> pathlib.Path:
+    """The folder of finished rows; those of other flags, --tables apart, are refused."""
+    free = ("work", "out", "tables", "cuts")
+    asked = {name: value for name, value in vars(args).items() if name not in free}
+    path = work / "asked.json"
+    if path.exists() and (wrong := differences(json.loads(path.read_text()), asked)):
+        raise SystemExit(f"--work={work} holds other rows:\n  " + "\n  ".join(wrong))
+    work.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asked) + "\n")
+    return work
 
 
 def _file_name(text: str) -> str:

@@ -6,7 +6,7 @@
         --config.data.eval_source=npz:CIFAR.npz:test --workdir=DIR
 
 The head starts from zero, the position embedding is resampled to the image size. Three
-epochs of CIFAR-10 at 64 pixels take ViT-Ti about ten minutes on two CPU cores.
+epochs of CIFAR-10 at 64 pixels took ViT-Ti 37 minutes on two CPU cores with other work.
 """
 
 from ml_collections import ConfigDict

@@ -38,7 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # magnitude | random | measured (the best of three, block by block); empty is the
     # criterion's own (wpac: taylor2).
     config.units = ""
-    # Second moments of hidden units from every k-th image; k divides a device's images.
+    # Second moments of hidden units from every k-th image; k divides a device's batch.
     config.hidden_every = 1
     config.compensation = "none"  # of cuts: mean | least_squares
     config.compensation_dtype = "float32"  # or bfloat16, half the size

@@ -42,6 +42,7 @@ SMALLER = {
     '"tar:calibration.tar", "sorted"': '"tar:calibration.tar", ""',
     "images = 1000": "images = 30",
     "images=1000": "images=30",
+    "tar:other.tar": "tar:calibration.tar",
     '"configs/piad.py:S/16"': '"configs/piad.py"',
     '"tfds:imagenet2012:train"': '"tar:calibration.tar"',
     '"tfds:imagenet2012:validation"': '"tar:validation.tar"',
@@ -73,6 +74,15 @@ def test_every_command_of_a_page_has_these_flags_and_entries(page):
     for name, *rest in commands(PAGES[page]):
         values = main.parse(name, rest)
         assert name == "demo" or values.workdir
+
+
+def test_every_whole_command_within_a_sentence_parses():
+    cards = sorted((ROOT / "docs" / "networks").glob("*.md"))
+    said = [s for page in (*PAGES.values(), *cards) for s in spans(page.read_text())]
+    whole = [s for s in said if s.startswith("flax-skd ") and "--workdir=" in s]
+    assert len(whole) > 3
+    for _, name, *rest in map(shlex.split, whole):
+        main.parse(name, rest)
 
 
 def test_the_commands_of_the_pages_are_found():
@@ -148,8 +158,18 @@ def test_every_message_that_a_page_explains_is_one_of_the_program(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_link_of_a_page_leads_somewhere(page):
     folder = PAGES[page].parent
-    for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", PAGES[page].read_text()):
-        assert (folder / link).exists(), link
+    for link, anchor in re.findall(
+        r"\]\(([^)#:\s]*)(?:#([^)\s]*))?\)", PAGES[page].read_text()
+    ):
+        target = folder / link if link else PAGES[page]
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), f"{link}#{anchor}"
+
+
+def anchors(page):
+    """What links to the headings of a page end in."""
+    titles = re.findall(r"(?m)^#+ (.*)$", page.read_text())
+    return {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}
 
 
 def test_the_index_links_every_page():
