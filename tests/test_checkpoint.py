@@ -1,6 +1,8 @@
 """Super-networks and sub-networks on disk: the same comes back, or it is said why."""
 
+import errno
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -220,8 +222,12 @@ def test_the_current_directory_and_a_mount_point_are_not_replaced(
 
 def test_a_place_where_nothing_may_be_made_is_named_first(tmp_path, small, monkeypatch):
     # Whoever may do everything, as root may, is not held back by the mode of a folder.
-    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
-    with pytest.raises(ValueError, match=f"made: {tmp_path} is read-only or not yours"):
+    def refused(**options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(directory.tempfile, "TemporaryDirectory", refused)
+    words = rf"made: nothing can be written in {tmp_path} \(Read-only"
+    with pytest.raises(ValueError, match=words):
         checkpoint.save_subnet(tmp_path / "new" / "net", small)
     assert not [*tmp_path.iterdir()]
 

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 
@@ -155,6 +156,19 @@ def test_a_preprocessor_is_followed(tmp_path, params, processor, mode, mean, std
     np.testing.assert_allclose([spec.mean, spec.std], [[mean] * 3, [std] * 3])
 
 
+@pytest.mark.parametrize(("crop", "size"), [(224, 256), (224, 400), (384, 450)])
+def test_an_image_is_resized_to_the_size_that_a_preprocessor_says(
+    tmp_path, params, crop, size
+):
+    sides = {"size": {"shortest_edge": size}, "crop_size": crop, "do_center_crop": True}
+    tensors = family_files.huggingface(params, PLAIN)
+    write_hf(tmp_path, tensors, processor=HALF | sides)
+    fraction = conversion.read(tmp_path).spec.crop_fraction
+    # As `preprocess.evaluation` takes it; 224 / (224 / 400) is a bit below 400.
+    assert math.floor(crop / fraction) == size
+    assert fraction == pytest.approx(crop / size, rel=1e-15)
+
+
 @pytest.mark.parametrize(
     ("processor", "words"),
     [
@@ -163,6 +177,7 @@ def test_a_preprocessor_is_followed(tmp_path, params, processor, mode, mean, std
         ({"rescale_factor": 1.0, "image_mean": "half"}, "image_mean = 'half' must be"),
         ({"image_std": [0.5, None, 1]}, "image_std = .* must be a number, or a list"),
         ({"image_mean": 10**400}, "too large"),
+        ({"size": 10**400, "crop_size": 224, "do_center_crop": True}, "is no length"),
     ],
 )
 def test_a_preprocessor_that_cannot_be_followed_is_refused(
@@ -270,8 +285,10 @@ def test_an_npz_of_the_original_code_tells_its_heads(
     tensors = family_files.vit_jax(params, spec, **NPZ[names])
     if stacked:
         tensors = family_files.scanned(tensors, spec.depth)
-    if names != "vit_jax":
-        tensors["opt/step"] = np.array(3.0)
+    if names != "vit_jax":  # what the optimiser and the clock keep
+        tensors["opt/state/step"] = np.int32(3)
+        tensors["opt/0/mu/embedding/bias"] = np.full(8, np.nan, np.float32)
+        tensors["chrono/accum_examples_seen"] = np.float64(3)
     np.savez(tmp_path / "weights.npz", **tensors)
     source = conversion.read(tmp_path / "weights.npz", recipe="augreg_jax")
     assert source.spec == spec and source.family == "jax"

@@ -369,6 +369,19 @@ def test_a_fifth_of_the_images_is_held_out_and_no_label_is_read(
     assert len({*seen["fit"], *seen["held out"]}) == 15
 
 
+def test_a_place_that_is_taken_is_named_before_the_fit(tmp_path):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match="small is not empty"):
+        commands.extract(
+            workdir=str(tmp_path / "not read"),
+            out=str(tmp_path / "small"),
+            overwrite=False,
+            cost=macs.macs,
+            limit=0.5,
+        )
+
+
 def test_the_command_names_a_source_that_does_not_serve(tmp_path, capsys):
     arguments = [f"--workdir={tmp_path}", f"--out={tmp_path}/small", "--budget=0.5"]
     missing = f"--recalibrate=npz:{tmp_path}/none.npz"

@@ -393,7 +393,7 @@ def test_a_full_disk_is_said_before_the_first_step(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(pathlib.Path, "write_text", full)
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
     with pytest.raises(ValueError, match=r"cannot be written \(No space left.*workdir"):
         run_state.claim(tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())

@@ -145,63 +145,6 @@ def test_a_negative_seed_is_named(arrays):
         take(ArraySource(*arrays), 2, seed=-1)
 
 
-# Folders.
-
-
-def test_a_folder_gives_sorted_classes_and_every_known_suffix(tmp_path):
-    forms = {"a.JPG": "JPEG", "b.png": "PNG", "c.webp": "WEBP", "d.bmp": "BMP"}
-    for label, folder in enumerate(["ant", "bee"]):
-        (tmp_path / folder).mkdir()
-        for i, (name, form) in enumerate(forms.items()):
-            data = encoded(100 * label + i, form=form)
-            (tmp_path / folder / name).write_bytes(data)
-    (tmp_path / "bee" / "notes.txt").write_text("not an image")
-    (tmp_path / "bee" / "._a.jpg").write_text("not an image either")
-    source = open_source(f"folder:{tmp_path}")
-    found = contents(source)
-    assert source.num_classes == 2
-    assert [(label, name) for _, label, name in found] == [
-        (label, f"{folder}/{name}")
-        for label, folder in enumerate(["ant", "bee"])
-        for name in forms
-    ]
-    assert (
-        np.abs(np.subtract([v for v, *_ in found[4:]], [100, 101, 102, 103])).max() < 3
-    )
-
-
-def test_a_folder_without_images_says_where_images_lie(tmp_path):
-    (tmp_path / "a.png").write_bytes(encoded(1))
-    with pytest.raises(ValueError, match="no image found; images lie in .*CLASS/NAME"):
-        open_source(f"folder:{tmp_path}")
-
-
-@pytest.mark.parametrize("num_classes", [1, 3])
-def test_class_folders_are_as_many_as_the_classes_or_an_error(tmp_path, num_classes):
-    # A folder too few or too many shifts the labels of all after it.
-    for name in ("a", "c", "lost+found", "__MACOSX", ".cache"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x.png").write_bytes(encoded(1))
-    assert len(open_source(f"folder:{tmp_path}", num_classes=2)) == 2
-    words = rf"2 class folders \(a, c\) and the network {num_classes} classes.*empty"
-    with pytest.raises(ValueError, match=words):
-        open_source(f"folder:{tmp_path}", num_classes=num_classes)
-
-
-def test_an_empty_folder_is_a_class_without_images(tmp_path):
-    for name in ("a", "b", "c"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "c" / "x.png").write_bytes(encoded(1))
-    assert open_source(f"folder:{tmp_path}", num_classes=3)[0].label == 2
-
-
-def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.png").write_bytes(encoded(1))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert len(open_source("folder:~")) == 1
-
-
 # Images that do not decode.
 
 

@@ -58,6 +58,21 @@ def test_a_tar_of_one_image_a_class_is_labelled_by_order_only_when_asked(tmp_pat
         open_source(text)
 
 
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_one_image_a_class_are_as_many_as_the_classes(tmp_path, num_classes):
+    text = write_tar(tmp_path / "t.tar", {f"{c}.png": encoded(1) for c in "ab"})
+    assert len(open_source(text, labels="sorted", num_classes=2)) == 2
+    with pytest.raises(ValueError, match=f"are 2 images for {num_classes} classes"):
+        open_source(text, labels="sorted", num_classes=num_classes)
+
+
+def test_labels_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+    text = write_tar(tmp_path / "t.tar", {"b.png": encoded(20)})
+    (tmp_path / "l.json").write_text('{"b.png": 7}')
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_source(text, labels="~/l.json")[0].label == 7
+
+
 def test_labels_may_lie_outside_the_tar(tmp_path):
     text = write_tar(tmp_path / "t.tar", {"s/b.png": encoded(20)})
     (tmp_path / "l.json").write_text('{"b.png": 7}')

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -140,11 +141,23 @@ def _check_place(target: pathlib.Path) -> None:
                 f"such as {target / 'network'}."
             )
     parent = next(p for p in target.parents if p.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
+    try:
+        probe(parent)
+    except OSError as error:
         raise ValueError(
-            f"{target} cannot be made: {parent} is read-only or not yours; name a "
-            "place where you may write."
-        )
+            f"{target} cannot be made: nothing can be written in {parent} "
+            f"({error.strerror or error}); name a place where you may write."
+        ) from error
+
+
+def probe(folder: pathlib.Path) -> None:
+    """Writes in a folder and deletes it again; OSError if that is not possible.
+
+    Permissions do not tell: some file systems, as /proc, take no file of anyone, and a
+    full one has no room for it.
+    """
+    with tempfile.TemporaryDirectory(prefix=".flax_skd_", dir=folder) as name:
+        pathlib.Path(name, "probe").write_bytes(b"x")
 
 
 def _move(fresh: pathlib.Path, target: pathlib.Path, overwrite: bool) -> None:

@@ -13,7 +13,7 @@ import jax
 
 from flax_skd.io import whole_steps
 from flax_skd.io.differences import differences, shapes
-from flax_skd.io.directory import as_json, barrier, local
+from flax_skd.io.directory import as_json, barrier, local, probe
 from flax_skd.io.extras import require
 
 _LOG = logging.getLogger(__name__)
@@ -68,13 +68,10 @@ def claim(
 
 
 def _make_writable(path: pathlib.Path) -> None:
-    probe = path / ".write_probe"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe.write_text("x", encoding="utf-8")
-        probe.unlink()
+        probe(path)
     except OSError as error:
-        probe.unlink(missing_ok=True)
         raise ValueError(
             f"{path} cannot be written ({error.strerror or error}): make room, mend "
             "its permissions, or name another --workdir."

@@ -4,6 +4,7 @@ Nothing is guessed from a file's or an architecture's name.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from flax_skd.io.weight_files import ConversionError
@@ -119,7 +120,7 @@ def _preprocessing(processor: dict[str, Any], channels: int) -> dict[str, Any]:
         found["crop_fraction"] = 1.0
     elif "size" in processor and "crop_size" in processor:
         sides = _side(processor["crop_size"]), _side(processor["size"])
-        found["crop_fraction"] = sides[0] / sides[1]
+        found["crop_fraction"] = _fraction(*sides)
     if "size" in processor:
         found["crop_mode"] = "squash" if _is_square(processor) else "center"
     return found
@@ -175,9 +176,15 @@ def _is_square(processor: dict[str, Any]) -> bool:
 def _side(size: Any) -> float:
     if isinstance(size, dict):
         size = size.get("shortest_edge", size.get("height"))
-    if type(size) not in (int, float) or size <= 0:
+    if not _is_number(size) or not 1 <= size < 2**31:
         raise ConversionError(f"preprocessor_config.json: size {size!r} is no length.")
     return size
+
+
+def _fraction(crop: float, size: float) -> float:
+    """crop / size, from which the size is got back: rounded, it may be a pixel less."""
+    fraction = crop / size
+    return fraction if crop / fraction >= size else math.nextafter(fraction, 0)
 
 
 def resolve(

@@ -1,25 +1,19 @@
 """Where labelled images come from: one line of text opens any of them."""
 
-import dataclasses
 import os
-import pathlib
 import re
 import zlib
 
 import numpy as np
 
-from flax_skd.io import npz_images, tar_images
+from flax_skd.io import folder_images, npz_images, tar_images
 from flax_skd.io.examples import (
-    SUFFIXES,
     ArraySource,
     BadImageError,
-    EncodedSource,
     Example,
     Source,
-    check_classes,
     check_labels,
     decode,
-    is_class,
 )
 from flax_skd.io.extras import require
 
@@ -76,7 +70,7 @@ def open_source(
     if kind in ("folder", "tar", "npz"):
         rest = os.path.expanduser(rest)
     if kind == "folder" and rest:
-        return _folder(rest, num_classes)
+        return folder_images.open_folder(rest, num_classes=num_classes)
     if kind == "tar" and rest:
         return tar_images.open_tar(rest, labels=labels, num_classes=num_classes)
     if kind == "npz" and rest:
@@ -179,46 +173,6 @@ def _digits(split: str, name: str, num_classes: int | None) -> ArraySource:
     chosen = {"": held_out | True, "train": ~held_out, "test": held_out}[split]
     return ArraySource(
         images[chosen], data.target[chosen], num_classes=num_classes or 10, name=name
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _FileReader:
-    paths: list[str]
-
-    def __call__(self, index: int) -> bytes:
-        return pathlib.Path(self.paths[index]).read_bytes()
-
-
-def _folder(path: str, num_classes: int | None) -> EncodedSource:
-    name, root = f"folder:{path}", pathlib.Path(path)
-    if not root.is_dir():
-        raise ValueError(f"{name}: there is no folder {path}.")
-    classes = sorted(
-        entry.name
-        for entry in os.scandir(root)
-        if entry.is_dir() and is_class(entry.name)
-    )
-    names, labels = [], []
-    for label, folder in enumerate(classes):
-        for file in sorted(os.listdir(root / folder)):
-            hidden = file.startswith(".")  # such as the ._name files of a Mac
-            if file.lower().endswith(SUFFIXES) and not hidden:
-                names.append(f"{folder}/{file}")
-                labels.append(label)
-    if not names:
-        raise ValueError(
-            f"{name}: no image found; images lie in {path}/CLASS/NAME with NAME "
-            f"ending in one of {', '.join(SUFFIXES)}."
-        )
-    remedy = "make an empty folder of its name"
-    check_classes(classes, source=name, num_classes=num_classes, missing=remedy)
-    return EncodedSource(
-        _FileReader([str(root / n) for n in names]),
-        names,
-        labels=labels,
-        name=name,
-        num_classes=len(classes),
     )
 
 

@@ -51,7 +51,8 @@ def open_tar(
     """Images in an uncompressed tar, read in place; nothing is extracted.
 
     Labels come from `labels.json` in the tar, {file name: class}, else from class
-    folders. Links, devices and names that lead out of the tar are passed over.
+    folders. Links, devices, sparse files and names that are hidden or lead out of the
+    tar are passed over.
 
     Args:
       labels: `sorted` if there is one image a class and its index, sorted by file
@@ -72,6 +73,12 @@ def open_tar(
     files.sort(key=lambda m: (posixpath.basename(m), m))
     if labels == "sorted":
         found, known = range(len(files)), len(files)
+        if num_classes not in (None, known):
+            raise ValueError(
+                f"{name}: labels = 'sorted' is one image a class, and there are {known} "
+                f"images for {num_classes} classes: give the path of a JSON file {{file "
+                "name: class}."
+            )
     elif labels is not None:
         found, known = _labels_of(files, _read_json(labels), labels), None
     elif (inside := _labels_member(members)) is not None:
@@ -148,7 +155,7 @@ def _labels_member(members: dict[str, Any]) -> str | None:
 
 def _read_json(path: str) -> dict[str, Any]:
     try:
-        return _parse_json(pathlib.Path(path).read_bytes(), path)
+        return _parse_json(pathlib.Path(path).expanduser().read_bytes(), path)
     except OSError as error:
         raise ValueError(
             f"labels = {path!r} cannot be read ({error.strerror}): give 'sorted' or "

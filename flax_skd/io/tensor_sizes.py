@@ -120,8 +120,7 @@ def _jax_keys(tensors: Flat) -> Iterator[tuple[str, str, np.ndarray]]:
     scanned = f"{prefix}Transformer/encoderblock/"
     for name, value in tensors.items():
         if not name.startswith(prefix):
-            if not name.startswith("opt/"):  # optimiser state beside the parameters
-                yield name, "?" + name, value
+            yield name, "?" + name, value
         elif not name.startswith(scanned):
             yield name, name.removeprefix(prefix), value
         elif value.ndim == 0 or not value.size or len(value) > _MAX_DEPTH:

@@ -191,6 +191,8 @@ def extract(
       fit: function (supernet, widths) -> `recalibrating.Recalibrated`, or none.
       prepare: what is done to the super-network first.
     """
+    # Before a fit of minutes.
+    directory.check_target(directory.local(out), checkpoint.SUBNET_FILES, overwrite)
     supernet = prepare(checkpoint.load_supernet(workdir))
     small, level = subnet_within(supernet, cost=cost, limit=limit)
     facts = {

@@ -1,7 +1,5 @@
 """The contract command: from statistics to super-networks, one a criterion."""
 
-import pathlib
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +60,12 @@ def contract(config: Any, *, workdir: str, overwrite: bool) -> str:
     # Whatever would end it after the long pass is refused before.
     _check_options(config)
     for target in targets.values():
-        _check_target(directory.local(target), overwrite)
+        directory.check_target(
+            directory.local(target),
+            checkpoint.SUPERNET_FILES,
+            overwrite,
+            older=checkpoint.OLDER_SUPERNET_FILES,
+        )
     network = commands.load_network(config.model)
     _check_reach(config, network.spec)
     batches = _batches(config.data, network.spec, config)
@@ -152,22 +155,6 @@ def _check_options(config: Any) -> None:
         raise ValueError(f"list.cuts = {options.cuts} must be above 0 and at most 1.")
     if not 0 < options.share < 1:
         raise ValueError(f"list.share = {options.share} must be in (0, 1).")
-
-
-def _check_target(target: pathlib.Path, overwrite: bool) -> None:
-    """Raises ValueError unless a super-network can be written there."""
-    older = checkpoint.OLDER_SUPERNET_FILES
-    directory.check_target(target, checkpoint.SUPERNET_FILES, overwrite, older=older)
-    parent = next(p for p in target.parents if p.exists())
-    try:
-        # Permissions do not tell: some file systems, as /proc, take no file of anyone.
-        with tempfile.TemporaryDirectory(dir=parent):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"{target} cannot be made: nothing can be written in {parent} "
-            f"({error.strerror}); name a place where you may write."
-        ) from error
 
 
 def _check_reach(config: Any, spec: ViTSpec) -> None:
