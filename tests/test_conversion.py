@@ -65,6 +65,28 @@ def test_a_timm_file_gives_its_params_and_spec(weights, name):
     assert source.sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "net.backbone."])
+def test_what_a_network_was_saved_in_may_stand_before_its_names(
+    weights, params, timm_tensors, prefix
+):
+    save_file({prefix + name: x for name, x in timm_tensors.items()}, weights)
+    source = read_timm(weights, PLAIN)
+    assert source.spec == PLAIN and same(source.params, params)
+
+
+def test_a_file_of_two_networks_is_refused_and_what_else_it_holds_is_named(
+    weights, timm_tensors
+):
+    teacher = {f"teacher.{name}": x for name, x in timm_tensors.items()}
+    student = {f"student.{name}": x for name, x in timm_tensors.items()}
+    save_file(teacher | student, weights)
+    with pytest.raises(conversion.ConversionError, match="'student.', 'teacher.'"):
+        read_timm(weights, PLAIN)
+    save_file(teacher | {"centre": timm_tensors["head.bias"]}, weights)
+    with pytest.raises(conversion.ConversionError, match="surplus: centre"):
+        read_timm(weights, PLAIN)
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_writing_timm_and_reading_it_is_the_identity_both_ways(weights, tmp_path, name):
     spec = SPECS[name]

@@ -219,7 +219,7 @@ TABLES: dict[str, list[Rule]] = {
     "jax": _jax(),
 }
 PATCH_KERNEL = {  # its presence tells the family
-    "timm": re.compile(r"(module\.)?patch_embed\.proj\.weight"),
+    "timm": re.compile(r"(.*\.)?patch_embed\.proj\.weight"),
     "huggingface": re.compile(
         r"((vit|deit)\.)?embeddings\.patch_embeddings\.projection\.weight"
     ),

@@ -14,6 +14,7 @@ from flax_skd.io.key_tables import (
     HEADS_BIAS,
     HEADS_FIRST,
     HEADS_LAST,
+    PATCH_KERNEL,
     TABLES,
     Flat,
     Rule,
@@ -105,8 +106,16 @@ def _template(key: str) -> tuple[str, str]:
 
 
 def _timm_keys(tensors: Flat) -> Iterator[tuple[str, str, np.ndarray]]:
+    # What a network was saved in leaves a prefix: `module.`, `model.`, `_orig_mod.`.
+    found = filter(None, map(PATCH_KERNEL["timm"].fullmatch, tensors))
+    prefix, *others = sorted({match[1] or "" for match in found})
+    if others:
+        raise ConversionError(
+            f"it holds several networks, under {[prefix, *others][:8]}: save one alone."
+        )
     for name, value in tensors.items():
-        yield name, name.removeprefix("module."), value
+        inside = name.startswith(prefix)
+        yield name, name.removeprefix(prefix) if inside else "?" + name, value
 
 
 def _hf_keys(tensors: Flat) -> Iterator[tuple[str, str, np.ndarray]]:
