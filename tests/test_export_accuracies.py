@@ -86,6 +86,17 @@ def test_levels_of_the_network_that_was_swept_have_their_accuracies(tmp_path, to
     assert not told
 
 
+def test_an_accuracy_in_another_precision_says_so(tmp_path):
+    supernet = saved(tmp_path / "super")
+    sweep = swept(tmp_path / "sweep", supernet)
+    asked = tmp_path / "sweep" / "asked.json"
+    for dtype, says in (("float32", {}), ("bfloat16", {"dtype": "bfloat16"})):
+        asked.write_text(json.dumps(json.loads(asked.read_text()) | {"dtype": dtype}))
+        (whole,) = exporting.chosen(str(supernet), "1", str(sweep))
+        want = {"top1": 90.0, "top5": 99.0, "kl": 0.1, "agreement": 70.0, "images": 40}
+        assert whole.accuracy == want | says
+
+
 def test_a_sweep_of_other_weights_of_the_same_sizes_is_refused_with_both_files(
     tmp_path,
 ):

@@ -24,11 +24,13 @@ class Sweep(NamedTuple):
       rows: in it.
       sums: `checkpoint.supernet_sum` of its networks by name; empty of sweeps older
         than `asked.json`.
+      dtype: that it computed in, as far as `asked.json` says.
     """
 
     path: pathlib.Path
     rows: report.Rows
     sums: Mapping[str, Any]
+    dtype: str = "float32"
 
 
 def read(path: str) -> Sweep:
@@ -37,13 +39,15 @@ def read(path: str) -> Sweep:
     Raises:
       ValueError: if a file is no sweep's; the message names it.
     """
-    file, sums = pathlib.Path(path).expanduser(), {}
-    rows = report.read(file)
+    file = pathlib.Path(path).expanduser()
+    found = Sweep(file, report.read(file), {})
     asked = file.with_name(ASKED)
     if asked.is_file():
         fields = parse(asked, lambda text: dict(json.loads(text)), asked.read_bytes())
         sums = parse(asked, dict, fields.get("networks", {}))
-    return Sweep(file, rows, sums)
+        dtype = str(fields.get("dtype", found.dtype))
+        found = found._replace(sums=sums, dtype=dtype)
+    return found
 
 
 def check_same(
@@ -88,6 +92,8 @@ def check_same(
 def accuracy(found: Sweep, network: SubNet, *, name: str) -> dict[str, Any] | None:
     """What the sweep measured of a sub-network, or None and a warning that says why.
 
+    An export computes in float32: another `dtype` of the sweep is among the facts.
+
     Args:
       found: a sweep of the super-network, as `check_same` holds.
       network: a level of it, as it was cut or as it was trained afterwards.
@@ -105,7 +111,8 @@ def accuracy(found: Sweep, network: SubNet, *, name: str) -> dict[str, Any] | No
     wanted += (macs.param_count(spec, widths),)
     for row in found.rows if facts.get("level") is not None else ():
         if tuple(row[k] for k in ("criterion", "level", "macs", "params")) == wanted:
-            return {key: row[key] for key in _COLUMNS}
+            other = {} if found.dtype == "float32" else {"dtype": found.dtype}
+            return {key: row[key] for key in _COLUMNS} | other
     _LOG.warning(
         "no accuracy: %s has no row of %r at level %s with these sizes.",
         *(found.path, name, facts.get("level")),
