@@ -59,7 +59,7 @@ def compiled(*, taught=False, mixed=False, **shape):
     place = sharding.param_sharding(state, mesh)
     loss = objective.classification_loss(ViT(SPEC))
     if taught:
-        teacher = distillation.frozen(ViT(SPEC), num_classes=SPEC.num_classes)
+        teacher = distillation.frozen(ViT(SPEC), student=SPEC)
         loss = distillation.with_teacher(ViT(SPEC), teacher)
     if mixed:
         plain = loss

@@ -9,10 +9,10 @@ import pytest
 from conftest import random_repairs
 
 from flax_skd.io.checkpoint import SuperNet
-from flax_skd.method import compensation, losses, macs, piad, subnet
+from flax_skd.method import compensation, growth, losses, macs, piad, subnet, vit
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
-from flax_skd.run import distillation, objective, programs, train
+from flax_skd.run import configured_loss, distillation, objective, programs, train
 from flax_skd.run.config_files import load
 
 
@@ -124,7 +124,7 @@ def test_no_gradient_reaches_the_teacher(spec, params, batch, state):
 
 def test_a_frozen_teacher_adds_its_divergence(spec, params, batch, state, cut):
     other = jax.tree.map(lambda x: x * 0.9, params)
-    teacher = distillation.frozen(ViT(spec), num_classes=spec.num_classes)
+    teacher = distillation.frozen(ViT(spec), student=spec)
     state = state._replace(frozen=other)
     loss = distillation.with_teacher(ViT(spec), teacher)
     value, metrics = loss(params, batch, jax.random.key(0), state)
@@ -134,9 +134,28 @@ def test_a_frozen_teacher_adds_its_divergence(spec, params, batch, state, cut):
     np.testing.assert_allclose(metrics["teacher_kl"], taught, rtol=1e-3)
 
 
-def test_a_teacher_of_other_classes_is_refused(spec):
-    with pytest.raises(ValueError, match="teacher has 5 classes, the student 7"):
-        distillation.frozen(ViT(spec), num_classes=7)
+def test_a_teacher_reads_images_by_its_own_mean_and_std(spec, params, batch, state):
+    """Mixed images come normalised, for the student."""
+    own = spec.replace(mean=(0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7))
+    state = state._replace(frozen=params)
+    rng = np.random.default_rng(3)
+    pixels = rng.integers(0, 256, batch["image"].shape, np.uint8)
+    want = ViT(own).apply({"params": params}, vit.normalise(pixels, own))
+    teacher = distillation.frozen(ViT(own), student=spec)
+    for images in (jnp.asarray(pixels), vit.normalise(pixels, spec)):
+        np.testing.assert_allclose(teacher(images, state), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_classes", 7), ("image_size", 32), ("in_channels", 1)]
+)
+def test_a_teacher_of_other_classes_or_images_is_refused(spec, name, value):
+    changes = {name: value}
+    if name == "in_channels":
+        changes |= {"mean": (0.5,), "std": (0.5,)}
+    words = f"teacher has {name} = {getattr(spec, name)}, the student {value}: "
+    with pytest.raises(ValueError, match=words):
+        distillation.frozen(ViT(spec), student=spec.replace(**changes))
 
 
 @pytest.mark.parametrize("name", ["labels", "in_place"])
@@ -188,3 +207,12 @@ def test_a_compensation_goes_with_one_level_a_step_alone(spec, params, change):
     config.piad.update(change)
     with pytest.raises(ValueError, match="--config.compensation=none"):
         programs.piad_program(config, network)
+
+
+@pytest.mark.parametrize("loss", ["labels", "in_place", "sandwich"])
+@pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
+def test_every_loss_refuses_a_smoothing_that_is_no_share(spec, loss, rate):
+    config = load("configs/piad.py")
+    config.label_smoothing, config.piad.loss, config.drop_path = rate, loss, 0.0
+    with pytest.raises(ValueError, match=r"label_smoothing = .* must be in \[0, 1\)"):
+        configured_loss.of_piad(config, ViT(spec), growth.Groups())

@@ -21,7 +21,15 @@ def vit_of(config: Any, spec: ViTSpec, widths: SubnetSpec | None = None) -> ViT:
 
 
 def smoothing_of(config: Any) -> float:
-    """Label smoothing of the loss: none where mixed targets are smooth already."""
+    """Label smoothing of the loss: none where mixed targets are smooth already.
+
+    Raises:
+      ValueError: if it is not in [0, 1).
+    """
+    if not 0 <= config.label_smoothing < 1:
+        raise ValueError(
+            f"label_smoothing = {config.label_smoothing} must be in [0, 1)."
+        )
     return 0.0 if _mixing(config) else config.label_smoothing
 
 
@@ -183,4 +191,4 @@ def teacher_of(config: Any) -> SuperNet | None:
 def taught_by(config: Any, teacher: ViTSpec, spec: ViTSpec) -> distillation.Teacher:
     """The teacher of a network of `spec`, in the precision of training."""
     model = vit_of(config, teacher)
-    return distillation.frozen(model, num_classes=spec.num_classes)
+    return distillation.frozen(model, student=spec)

@@ -9,6 +9,7 @@ import optax
 
 from flax_skd.method import losses, piad
 from flax_skd.method.piad import DropoutList
+from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import Params, ViT
 from flax_skd.run import objective
 from flax_skd.run.objective import Array, CutOf, Loss, whole
@@ -114,19 +115,38 @@ def with_teacher(
     return loss
 
 
-def frozen(model: ViT, *, num_classes: int) -> Teacher:
+def frozen(model: ViT, *, student: ViTSpec) -> Teacher:
     """A teacher whose parameters are `frozen` of the train state.
 
     Args:
       model: the teacher.
-      num_classes: of the student.
+      student: the network taught, whose mean and std normalised images have.
 
     Raises:
-      ValueError: if the teacher has other classes.
+      ValueError: if the teacher has other classes or reads images of another shape.
     """
-    if model.spec.num_classes != num_classes:
-        raise ValueError(
-            f"the teacher has {model.spec.num_classes} classes, the student "
-            f"{num_classes}: they must be the same."
-        )
-    return lambda images, state: model.apply({"params": state.frozen}, images)
+    for name in ("num_classes", "image_size", "in_channels"):
+        own, other = getattr(model.spec, name), getattr(student, name)
+        if own != other:
+            raise ValueError(
+                f"the teacher has {name} = {own}, the student {other}: they must be "
+                "the same."
+            )
+
+    def logits(images, state):
+        images = _renormalised(images, student, model.spec)
+        return model.apply({"params": state.frozen}, images)
+
+    return logits
+
+
+def _renormalised(images: Array, old: ViTSpec, new: ViTSpec) -> Array:
+    """Images normalised for one network as another wants them; uint8 as they are."""
+    if images.dtype == jnp.uint8 or (old.mean, old.std) == (new.mean, new.std):
+        return images
+
+    def of_channels(values):
+        return jnp.asarray(values, images.dtype).reshape(1, 1, 1, -1)
+
+    pixels = images * of_channels(old.std) + of_channels(old.mean)
+    return (pixels - of_channels(new.mean)) / of_channels(new.std)

@@ -40,6 +40,8 @@ def told_to_stop(manager: Any) -> Iterator[Callable[[int], bool]]:
         asked.set()
 
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    # Shells have jobs in the background ignore SIGINT, and those go on ignoring it.
+    before = {s: old for s, old in before.items() if old not in (signal.SIG_IGN, None)}
     for number in before:
         signal.signal(number, ask)
     try:
