@@ -6,11 +6,13 @@ Without a source: JPEGs of about 500 x 375 pixels made of smooth random fields w
 grain, which cost a decoder what photographs do. Rows take turns: grain with nothing but
 the decoder; grain with decoder and the resize of evaluation; the same decoder and
 augmentation as training in a loop, which is what they cost by themselves; the batches a
-training run draws (`data.train_batches`). The first batches fill buffers and are not counted. A run's
-own waiting is `data_wait` in its log lines.
+training run draws (`data.train_batches`), prepared by threads and by `--workers` processes.
+The first batches start them, fill buffers and are not counted. A run's own waiting is
+`data_wait` in its log lines.
 """
 
 import argparse
+import contextlib
 import functools
 import io
 import itertools
@@ -34,6 +36,7 @@ TITLES = {
     "resize": "grain, decode and the square of evaluation",
     "plain": "a loop on one core, decode and augment",
     "train": "train_batches, decode and augment",
+    "workers": "train_batches, by processes",
 }
 
 
@@ -83,16 +86,18 @@ def grain_batches(source: Any, args: argparse.Namespace, transform: Any) -> Iter
 def rows(source: Any, spec: ViTSpec, args: argparse.Namespace) -> dict[str, Iterator]:
     """Row -> an endless iterator, one item an image."""
 
-    def trained():
+    def trained(workers):
         batches = data.train_batches(
             source,
             spec,
             batch_size=min(args.batch_size, len(source)),
             seed=0,
             augment=AUGMENT[args.augment],
+            workers=workers,
         )
-        for batch in batches:
-            yield from batch["image"]
+        with contextlib.closing(batches):
+            for batch in batches:
+                yield from batch["image"]
 
     def loop():
         for i in itertools.cycle(range(len(source))):
@@ -104,7 +109,8 @@ def rows(source: Any, spec: ViTSpec, args: argparse.Namespace) -> dict[str, Iter
         "decode": grain_batches(source, args, lambda image: image.size),
         "resize": grain_batches(source, args, square),
         "plain": loop(),
-        "train": trained(),
+        "train": trained(0),
+        "workers": trained(args.workers),
     }
 
 
@@ -165,13 +171,15 @@ def markdown(rows: dict[str, dict], size: float, args: argparse.Namespace) -> st
             "{:.0f} ({:.0f} to {:.0f})".format(*row[key])
             for key in ("images_per_s_core", "images_per_cpu_s")
         ]
+        if name == "workers":
+            cells[1] = ""  # the time of other processes is not seen here
         share = "{:.2f} ({:.2f} to {:.2f})".format(*row["of_ceiling"])
         lines.append(f"| {TITLES[name]} | {' | '.join(cells)} | {share} |")
     kind = args.source or f"generated JPEGs of {size:.0f} kB"
     lines.append(
         f"\n{kind}, to {args.image_size} pixels, augment {args.augment}, {args.images} "
         f"images a turn, {args.rounds} rounds, median (least to most); "
-        f"{os.cpu_count()} cores, {data._threads()} threads."
+        f"{os.cpu_count()} cores, {data._threads()} threads or {args.workers} processes."
     )
     return "\n".join(lines)
 
@@ -187,6 +195,7 @@ def main() -> None:
     add("--batch_size", type=int, default=64)
     add("--images", type=int, default=512, help="of one row in one turn")
     add("--generated", type=int, default=64, help="different JPEGs to make")
+    add("--workers", type=int, default=os.cpu_count(), help="processes of the last row")
     add("--rounds", type=int, default=5)
     add("--out", help="directory for input_pipeline.json and input_pipeline.md")
     args = parser.parse_args()

@@ -40,6 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.augment.pad = 1  # shift_crop: pixels
     config.data.repeats = 3 if variant else 1  # repeated augmentation
     config.data.on_bad_image = "error"
+    config.data.workers = 0  # processes that prepare images; 0 for threads
 
     config.piad = ConfigDict()
     config.piad.groups = ConfigDict()

@@ -34,6 +34,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.augment.pad = 4  # shift_crop: pixels
     config.data.repeats = 1  # repeated augmentation
     config.data.on_bad_image = "error"
+    config.data.workers = 0  # processes that prepare images; 0 for threads
 
     config.epochs = 3.0
     config.lr = 3e-4

@@ -60,7 +60,7 @@ def reached(source, tmp_path_factory):
     given = {}
 
     def fit(state, batches, **options):
-        given.update(options, state=state, batches=batches)
+        given.update(options, state=state, batch=next(batches))
         return state
 
     with pytest.MonkeyPatch.context() as patch:
@@ -132,9 +132,8 @@ def test_images_are_augmented_and_ordered_as_told(reached, source):
         seed=7,
         augment=functools.partial(augment.deit, scale=(0.4, 1.0), flip=0.9),
     )
-    mine = next(given["batches"])
     for name, want in next(plain).items():
-        np.testing.assert_array_equal(mine[name], want)
+        np.testing.assert_array_equal(given["batch"][name], want)
 
 
 @pytest.mark.parametrize(

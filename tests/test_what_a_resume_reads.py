@@ -37,6 +37,7 @@ def piad_config(**changes):
         {"piad.calibration.on_bad_image": "skip"},
         {"remat": True},
         {"mesh.fsdp": 2},
+        {"data.workers": 4},
     ],
 )
 def test_what_a_run_may_need_to_go_on_may_change(change):

@@ -31,6 +31,9 @@ class BadImages:
         self._seen: set[int] = set()
         self._lock = threading.Lock()
 
+    def __reduce__(self):
+        return BadImages, ("skip" if self._skip else "error",)  # a lock does not pickle
+
     def __len__(self) -> int:
         return len(self._seen)
 

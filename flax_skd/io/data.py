@@ -6,20 +6,17 @@ import dataclasses
 import itertools
 import math
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from flax_skd.io import preprocess
+from flax_skd.io import draws, preprocess, worker_processes
 from flax_skd.io.bad_images import BadImages, prepared
 from flax_skd.io.examples import BadImageError, Source
 from flax_skd.io.extras import require
 from flax_skd.method.spec import ViTSpec
 
 Batch = dict[str, np.ndarray]
-Augment = Callable[[Any, np.random.Generator, ViTSpec], np.ndarray]
 
 _AHEAD = 2  # batches decoded before they are asked for
 _STACK = 16  # most images that one thread prepares in a go
@@ -168,66 +165,18 @@ def _positions(indices: Sequence[int], source: Source) -> np.ndarray:
     return found
 
 
-@dataclasses.dataclass
-class _TrainLoader:
-    """(position, rng) -> one augmented example."""
-
-    source: Source
-    spec: ViTSpec
-    augment: Augment
-    bad: BadImages
-
-    def __call__(self, index: int, rng: np.random.Generator) -> Batch:
-        def prepare(image):
-            return self.augment(image, rng, self.spec)
-
-        total = len(self.source)
-        for step in range(total):
-            position = (int(index) + step) % total
-            try:
-                image, label = prepared(self.source, position, prepare)
-            except BadImageError as error:
-                self.bad.meet(position, error)
-                continue
-            return {
-                "image": image,
-                "label": np.int32(label),
-                "index": np.int32(position),
-            }
-        raise ValueError(f"no image of {self.source.name} decodes.")
-
-
-@dataclasses.dataclass
-class _RepeatedOrder:
-    """The positions of endless epochs, each image `repeats` times in a row.
-
-    An epoch has as many draws as the source images, of a part of them each: as in
-    repeated augmentation (arXiv:1902.05509), where the next epoch draws anew.
-    """
-
-    shuffled: Any  # grain.MapDataset, of a new order every `count` positions
-    count: int
-    repeats: int
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, draw: int) -> int:
-        epoch, within = divmod(int(draw), self.count)
-        return self.shuffled[epoch * self.count + within // self.repeats]
-
-
 def train_batches(
     source: Source,
     spec: ViTSpec,
     *,
     batch_size: int,
     seed: int,
-    augment: Augment,
+    augment: draws.Augment,
     process_index: int = 0,
     process_count: int = 1,
     on_bad_image: str = "error",
     repeats: int = 1,
+    workers: int = 0,
 ):
     """Endless shuffled batches; every epoch has an order of its own.
 
@@ -243,11 +192,14 @@ def train_batches(
       repeats: how often an epoch draws an image, each time augmented anew. It has
         len(source) draws all the same, so that it sees 1 / repeats of the images. The
         draws of an image follow each other in the order of all processes together.
+      workers: processes that prepare images, 0 for threads of this one; batches are
+        the same. They import the script that asks for them, which therefore does so
+        under `if __name__ == "__main__"`.
 
     Returns:
       A `grain.DatasetIterator` of `image` uint8 [b, S, S, C], `label` int32 [b] and
       `index` int32 [b], the positions in the source. Its `get_state` and `set_state`
-      resume exactly.
+      resume exactly, with other `workers` too. `close` ends threads and processes.
 
     Raises:
       ValueError: if an option is not possible, or the source holds less than a batch;
@@ -262,30 +214,38 @@ def train_batches(
         )
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed = {seed} must be 0 to {2**32 - 1}.")
-    if repeats < 1:
-        raise ValueError(f"repeats = {repeats} must be at least 1.")
+    if repeats < 1 or workers < 0:
+        raise ValueError(
+            f"repeats = {repeats} must be at least 1, workers = {workers} at least 0."
+        )
     if len(source) < batch_size:
         raise ValueError(
             f"batch_size = {batch_size} but {source.name} has {len(source)} images: "
             "choose a smaller batch."
         )
-    grain, share = require("grain"), batch_size // process_count
-    loader = _TrainLoader(source, spec, augment, BadImages(on_bad_image))
-    positions = grain.MapDataset.range(len(source)).seed(seed).shuffle()
-    if repeats == 1:
-        # The slice of all is no idle step: steps before the draws decide their seeds.
-        drawn = positions[::1].repeat().random_map(loader)
-    else:
-        order = _RepeatedOrder(positions, len(source), repeats)
-        drawn = grain.MapDataset.source(order).seed(seed).random_map(loader)
+    share, threads = batch_size // process_count, _threads()
+    drawn = draws.examples(
+        *(source, spec, augment, BadImages(on_bad_image)), seed=seed, repeats=repeats
+    )
     # Augmented before it is shared out: else the processes would draw the same.
     examples = drawn[process_index::process_count]
     # Not single images: grain looks through all elements that wait, for each of them.
     stack = math.gcd(share, _STACK)
-    ahead = max(_AHEAD * share // stack, _threads())
-    options = grain.ReadOptions(num_threads=_threads(), prefetch_buffer_size=ahead)
-    stacks = examples.batch(stack, drop_remainder=True).to_iter_dataset(options)
-    return iter(stacks.batch(share // stack, drop_remainder=True, batch_fn=_joined))
+    stacks = examples.batch(stack, drop_remainder=True)
+    ahead = max(_AHEAD * share // stack, threads)
+
+    def joined(stacks):
+        return iter(stacks.batch(share // stack, drop_remainder=True, batch_fn=_joined))
+
+    def starting_at(position):
+        return joined(worker_processes.spread(stacks[position:], workers, ahead=ahead))
+
+    if workers:
+        return worker_processes.WorkerBatches(starting_at, share // stack)
+    options = require("grain").ReadOptions(
+        num_threads=threads, prefetch_buffer_size=ahead
+    )
+    return joined(stacks.to_iter_dataset(options))
 
 
 def _joined(stacks: Sequence[Batch]) -> Batch:

@@ -1,5 +1,6 @@
 """The train command: a config to a network, by the one loop of `train`."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -130,6 +131,7 @@ def train(
         process_count=jax.process_count(),
         on_bad_image=config.data.on_bad_image,
         repeats=config.data.repeats,
+        workers=config.data.workers,
     )
     per_epoch = len(source) // config.data.batch_size
     steps = max(1, round(config.epochs * per_epoch))
@@ -144,43 +146,43 @@ def train(
     optimizer = loop.make_optimizer(
         schedule, weight_decay=config.weight_decay, clip_norm=config.clip_norm or None
     )
-    rng = jax.random.key(config.seed + 1)
+    rng, mesh = jax.random.key(config.seed + 1), sharding.mesh(config.mesh)
     scores: dict[str, float] = {}
-    mesh = sharding.mesh(config.mesh)
-    state = loop.fit(
-        loop.initial_state(
-            *(commands.in_float32(program.params), optimizer, rng),
-            extra=program.extra,
-            frozen=program.frozen,
-        ),
-        batches,
-        loss=program.loss,
-        optimizer=optimizer,
-        steps=steps,
-        config=_what_decides(config, program, source),
-        mesh=mesh,
-        workdir=workdir,
-        overwrite=overwrite,
-        resume=resume,
-        checkpoint_every=config.checkpoint_every,
-        evaluate=_evaluator(config, program, mesh, scores),
-        evaluate_every=max(1, round(config.evaluate_epochs * per_epoch)),
-        before_epoch=program.before_epoch,
-        before_step=program.before_step,
-        before_loss=program.before_loss,
-        after_update=program.after_update,
-        epoch_steps=epoch_steps,
-        ema_decay=config.ema_decay,
-        accumulate=config.accumulate,
-        schedule=schedule,
-        log_every_s=config.log_every_s,
-    )
+    with contextlib.closing(batches):
+        state = loop.fit(
+            loop.initial_state(
+                *(commands.in_float32(program.params), optimizer, rng),
+                extra=program.extra,
+                frozen=program.frozen,
+            ),
+            batches,
+            loss=program.loss,
+            optimizer=optimizer,
+            steps=steps,
+            config=_what_decides(config, program, source),
+            mesh=mesh,
+            workdir=workdir,
+            overwrite=overwrite,
+            resume=resume,
+            checkpoint_every=config.checkpoint_every,
+            evaluate=_evaluator(config, program, mesh, scores),
+            evaluate_every=max(1, round(config.evaluate_epochs * per_epoch)),
+            before_epoch=program.before_epoch,
+            before_step=program.before_step,
+            before_loss=program.before_loss,
+            after_update=program.after_update,
+            epoch_steps=epoch_steps,
+            ema_decay=config.ema_decay,
+            accumulate=config.accumulate,
+            schedule=schedule,
+            log_every_s=config.log_every_s,
+        )
     params = state.ema if config.weights == "ema" else state.params
     facts = {"config": config.to_dict(), "steps": steps, "weights": config.weights}
     whole = jax.device_get(sharding.gathered((params, state.extra), mesh))
     program.save(target, *whole, facts)
-    found = ", ".join(f"{k} {v:.2f} %" for k, v in scores.items())
-    return f"wrote {target}: {steps} steps, {found or 'not evaluated'}"
+    found = ", ".join(f"{k} {v:.2f} %" for k, v in scores.items()) or "not evaluated"
+    return f"wrote {target}: {steps} steps, {found}"
 
 
 def _check(config: Any) -> None:
@@ -242,6 +244,7 @@ def _what_decides(
     free = ("mesh", "log_every_s", "checkpoint_every", "evaluate_epochs")
     fields = {k: value for k, value in config.to_dict().items() if k not in free}
     fields["dataset"] = sources.fingerprint(source)
+    del fields["data"]["workers"]  # they change no batch
     # Where a run stopped for memory or at a bad image, the other value goes on: compared
     # as if it were the usual one.
     fields["remat"] = False
