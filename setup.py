@@ -26,7 +26,7 @@ setup(
         "ml-collections>=1.0",
         "absl-py",
         "numpy",
-        "grain",  # deterministic, resumable input without TensorFlow
+        "grain>=0.2.16",  # deterministic, resumable input without TensorFlow
         "pillow",  # decoding; tensorflow-datasets needs it and does not say so
         "safetensors",
         "scikit-learn",  # the handwritten digits of the demo
