@@ -197,6 +197,7 @@ def test_a_bad_call_says_what_is_needed(folder, capsys):
         ("--config.rival.ratios=0.5,0.75", "give 1 and at least one"),
         ("--config.rival.attention=rows", "choose one of heads, head_dims"),
         ("--config.rival.warm_epochs=2", "must lie in [0, 2.0)"),
+        ("--config.rival.warm_epochs=1.99", "a last stage that never began"),
     ):
         assert main.main(arguments("scala", folder, "bad", more)) == 1
         assert match in capsys.readouterr().err

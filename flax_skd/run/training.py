@@ -224,10 +224,10 @@ def _check_network(
 def _check_stages(stages: int, epoch_steps: int, steps: int) -> None:
     if (stages - 1) * epoch_steps >= steps:
         raise ValueError(
-            f"the list grows {stages} times, every {epoch_steps} steps, and the run has "
-            f"{steps}: it would end with a list that is not whole. Give more epochs, "
-            "fewer --config.piad.progressive_epochs (0 for a third of the run), or a "
-            "larger --config.piad.grow_epochs."
+            f"{stages} stages begin {epoch_steps} steps apart, and the run has {steps}: "
+            "it would end with a list that is not whole, or a last stage that never "
+            "began. Give more epochs; of piad fewer --config.piad.progressive_epochs (0 "
+            "for a third of the run), or a larger --config.piad.grow_epochs."
         )
 
 
