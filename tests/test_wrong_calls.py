@@ -111,6 +111,8 @@ def test_a_list_that_a_run_would_not_finish(network, tmp_path, capsys):
     assert re.search(r"50 stages begin .* and the run has 21", told)
     told = refused([*args, "--config.piad.progressive_epochs=-5.0"], capsys)
     assert "piad.progressive_epochs = -5.0 must be above 0" in told
+    told = refused([*args, "--config.piad.share=0.99"], capsys)
+    assert "cannot be reached: removing every branch saves at most" in told
     assert not (tmp_path / "run").exists()
 
 

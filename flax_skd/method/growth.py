@@ -161,7 +161,7 @@ def grow(
     widths = dropout_list.widths(levels, spec)
     full = macs.macs(spec)
     saved = full - macs.macs(spec, widths)
-    _check_target(target_macs_saved, spec, saved)
+    check_target(target_macs_saved, spec, saved)
     rows = []
     for removal in removals(widths, spec, importance, groups=groups):
         saved += removal.macs_saved
@@ -239,7 +239,8 @@ def drop(widths: SubnetSpec, removal: Removal) -> SubnetSpec:
     return piad.narrowed(widths, removal.block, fields, removal.width)
 
 
-def _check_target(target: float, spec: ViTSpec, saved: int) -> None:
+def check_target(target: float, spec: ViTSpec, saved: int = 0) -> None:
+    """Raises ValueError unless so many MACs can be saved, `saved` of them already."""
     if not 0 <= target < math.inf:
         raise ValueError(f"target_macs_saved = {target} must be finite and >= 0.")
     nothing = SubnetSpec.uniform(spec, 0, 0, 0)

@@ -9,7 +9,7 @@ import numpy as np
 
 from flax_skd.io import checkpoint
 from flax_skd.io.checkpoint import SubNet, SuperNet
-from flax_skd.method import costs, growth, importance, piad, vit
+from flax_skd.method import costs, growth, importance, macs, piad, vit
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import Params, ViT
 from flax_skd.run import commands, configured_loss, feed, lists, sharding
@@ -190,6 +190,10 @@ def _grower(config: Any, model: ViT, groups: growth.Groups, stages: int):
     mesh = sharding.mesh(config.mesh)
     cost = costs.cost_named(options.cost, spec.num_classes)
     rise = importance.sensitivity_named(options.sensitivity, spec.num_classes)
+    # The share of the last stage: known to be too large before the run, not in it.
+    full = macs.macs(spec)
+    last = growth.schedule(stages - 1, stages, model_macs=full, share=options.share)
+    growth.check_target(last, spec)
 
     def before_epoch(stage, state):
         if stage >= stages:
