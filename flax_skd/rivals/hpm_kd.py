@@ -287,5 +287,6 @@ def program(config: Any) -> Program:
         before_step=lambda step, extra: (extra, losses_[in_turn.now(extra)]),
         after_update=only_the_student,
         network=lambda params, extra: params[name_of(count - 1)],
+        beside=tuple(chain),
         frozen=found.params,
     )

@@ -193,5 +193,6 @@ def program(config: Any) -> Program:
         stages=len(counts),
         after_update=hold,
         network=lambda params, extra: recompose(params),
+        beside=tuple(f"depth-{d}" for d in depths),
         frozen=known.params,
     )

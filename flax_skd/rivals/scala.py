@@ -215,5 +215,6 @@ def program(config: Any) -> Program:
         every_epochs=options.warm_epochs or config.epochs,
         stages=2 if options.warm_epochs else 1,
         before_step=sampling.before_step,
+        beside=tuple(f"{r:g}" for r in ratios[:-1]),
         frozen=known and known.params,
     )

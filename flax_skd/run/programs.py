@@ -35,6 +35,7 @@ class Program(NamedTuple):
         where what is trained is not the network itself.
       stages: calls of `before_epoch` that a run must make to be whole.
       files: what `save` writes.
+      beside: names of what it writes `beside` that, directories of sub-networks.
       frozen: parameters of a teacher, or None; see `updates.TrainState`.
     """
 
@@ -52,7 +53,22 @@ class Program(NamedTuple):
     before_loss: BeforeLoss | None = None
     stages: int = 1
     files: tuple[str, ...] = checkpoint.SUPERNET_FILES
+    beside: tuple[str, ...] = ()
     frozen: Params | None = None
+
+
+def beside(directory: pathlib.Path, name: str) -> pathlib.Path:
+    """Where a network of another size lies, beside that of the run."""
+    return directory.with_name(f"{directory.name}-{name}")
+
+
+def written(
+    program: Program, directory: pathlib.Path
+) -> dict[pathlib.Path, tuple[str, ...]]:
+    """The directories that a program saves, and all that each of them holds."""
+    small = dict.fromkeys(program.beside, checkpoint.SUBNET_FILES)
+    others = {beside(directory, name): files for name, files in small.items()}
+    return {directory: program.files, **others}
 
 
 def scratch(config: Any, spec: ViTSpec) -> Program:

@@ -112,7 +112,7 @@ def train(
     _check(config)
     program = program_of(config, others)
     target = pathlib.Path(workdir).expanduser() / NETWORK
-    _check_network(target, program.files, overwrite=overwrite, resume=resume)
+    _check_network(target, program, overwrite=overwrite, resume=resume)
     spec = program.model.spec
     if spec.num_classes < 2:
         raise ValueError(
@@ -203,9 +203,9 @@ def _check(config: Any) -> None:
 
 
 def _check_network(
-    target: pathlib.Path, files: tuple[str, ...], *, overwrite: bool, resume: bool
+    target: pathlib.Path, program: programs.Program, *, overwrite: bool, resume: bool
 ) -> None:
-    """Before the run, not after it: whether its network may be written."""
+    """Before the run, not after it: whether its networks may be written."""
     names = run_state.CHECKPOINTS, run_state.LOG
     run = any((target.parent / name).exists() for name in names)
     if run and not (overwrite or resume):
@@ -213,7 +213,8 @@ def _check_network(
     older = checkpoint.OLDER_SUPERNET_FILES
     replace = overwrite or (resume and run)
     try:
-        directory.check_target(directory.local(target), files, replace, older=older)
+        for path, files in programs.written(program, target).items():
+            directory.check_target(directory.local(path), files, replace, older=older)
     except ValueError as error:
         raise ValueError(
             f"the network of a run is written to {NETWORK} in its workdir, and {error} "
