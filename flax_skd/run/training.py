@@ -243,6 +243,7 @@ def _what_decides(
     free = ("mesh", "log_every_s", "checkpoint_every", "evaluate_epochs")
     fields = {k: value for k, value in config.to_dict().items() if k not in free}
     fields["dataset"] = sources.fingerprint(source)
+    fields["network"] = dataclasses.asdict(program.model.spec)
     # Where a run stopped for memory or at a bad image, the other value goes on: compared
     # as if it were the usual one.
     fields["remat"] = False
