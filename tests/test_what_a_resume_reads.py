@@ -90,21 +90,22 @@ def test_a_network_is_saved_with_the_repairs_that_it_was_trained_with(spec, tmp_
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-def test_a_run_that_died_in_its_last_evaluation_is_evaluated(tmp_path):
+@pytest.mark.parametrize(("died", "steps"), [(4, [4]), (2, [2, 4])])
+def test_a_run_that_died_in_an_evaluation_is_evaluated(tmp_path, died, steps):
     def dies(state):
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        run(steps=4, workdir=tmp_path, evaluate=dies)
-    assert not [row for row in rows(tmp_path) if "top1" in row]
+        every = {"checkpoint_every": died, "evaluate_every": died}
+        run(steps=4, workdir=tmp_path, evaluate=dies, **every)
     for _ in range(2):  # and once is enough
 
         def evaluate(state):
             return {"top1": float(state.step)}
 
-        run(steps=4, workdir=tmp_path, evaluate=evaluate, resume=True)
+        run(steps=4, workdir=tmp_path, evaluate=evaluate, resume=True, **every)
         assert [row for row in rows(tmp_path) if "top1" in row] == [
-            {"step": 4, "top1": 4.0}
+            {"step": step, "top1": float(step)} for step in steps
         ]
 
 
