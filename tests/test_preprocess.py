@@ -227,3 +227,17 @@ def test_a_negative_pad_is_refused():
     image, rng = np.zeros((8, 8, 3), np.uint8), np.random.default_rng(0)
     with pytest.raises(ValueError, match="pad = -1 must be at least 0"):
         augment.shift_crop(image, rng, SPEC, pad=-1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"flip": 2.0}, "flip = 2.0 must be 0 to 1"),
+        ({"scale": (-1.0, 1.0)}, "the least share of the area"),
+        ({"scale": (1.5, 1.0)}, "the least share of the area"),
+    ],
+)
+def test_shares_that_cannot_be_are_refused(options, words):
+    image, rng = np.zeros((8, 8, 3), np.uint8), np.random.default_rng(0)
+    with pytest.raises(ValueError, match=words):
+        augment.flip_crop(image, rng, SPEC, **options)

@@ -79,6 +79,7 @@ def test_a_run_killed_again_and_again_loses_nothing_that_was_saved(
     # In the save of step 4, twice, and after step 6, whose save may have been under way.
     assert left[:2] == [[2, 1], [2, 1]] and left[2][0] in (4, 6)
     (folder / ".network.0123abcd.tmp").mkdir()  # killed while the network was written
+    (folder / ".network-0.5.0123abcd.old").mkdir()
     state, files = uninterrupted
     assert_same(killed_training.run(folder, resume=True), state)
     assert names(folder) == files

@@ -183,6 +183,7 @@ def test_a_bad_call_says_what_is_needed(folder, capsys):
         ("--config.rival.shares=6/12,8/12", "must fall"),
         ("--config.rival.shares=0.7,0.699", "too coarse"),
         ("--config.rival.shares=0.001", "no level reaches"),
+        ("--config.epochs=0.5", "a last stage that never began"),
     ):
         assert main.main(arguments("hpm_kd", folder, "bad", more)) == 1
         assert match in capsys.readouterr().err

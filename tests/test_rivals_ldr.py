@@ -143,6 +143,7 @@ def test_a_bad_call_says_what_is_needed(folder, capsys):
         ("--config.rival.depths=4", "depths other than the full 4"),
         ("--config.rival.basis=fourier", "choose one of chebyshev, linear"),
         ("--config.rival.basis=linear", "has 2 components, not 4"),
+        ("--config.rival.components=1,2,3,4,5", "a last stage that never began"),
     ):
         assert main.main(arguments("ldr", folder, "bad", more)) == 1
         assert match in capsys.readouterr().err

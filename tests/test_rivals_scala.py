@@ -197,6 +197,18 @@ def test_a_bad_call_says_what_is_needed(folder, capsys):
         ("--config.rival.ratios=0.5,0.75", "give 1 and at least one"),
         ("--config.rival.attention=rows", "choose one of heads, head_dims"),
         ("--config.rival.warm_epochs=2", "must lie in [0, 2.0)"),
+        ("--config.rival.warm_epochs=1.99", "a last stage that never began"),
     ):
         assert main.main(arguments("scala", folder, "bad", more)) == 1
         assert match in capsys.readouterr().err
+
+
+def test_a_network_of_another_size_that_no_run_wrote_is_not_replaced(folder, capsys):
+    dear = folder / "taken" / "network-0.5" / "notes.txt"
+    dear.parent.mkdir(parents=True)
+    dear.write_text("dear to its owner")
+    assert main.main(arguments("scala", folder, "taken")) == 1
+    assert "network-0.5 is not empty" in capsys.readouterr().err
+    assert main.main(arguments("scala", folder, "taken", "--overwrite")) == 1
+    assert "network-0.5 holds ['notes.txt']" in capsys.readouterr().err
+    assert [p.name for p in dear.parents[1].iterdir()] == ["network-0.5"]

@@ -236,6 +236,7 @@ def test_a_bad_call_says_what_is_needed(folder, capsys):
         ("--config.rival.budget=1.5", "must lie in (0, 1)"),
         ("--config.rival.search_epochs=2", "must lie in (0, 2.0)"),
         ("--config.rival.gate_every=0", "at least 1"),
+        ("--config.rival.search_epochs=1.99", "a last stage that never began"),
     ):
         assert main.main(arguments("uvc", folder, "bad", MORE[0], more)) == 1
         assert match in capsys.readouterr().err

@@ -216,6 +216,9 @@ def test_the_list_of_piad_grows_by_the_options_of_the_config_and_on_repaired_cut
     chosen = sources.take(sources.open_source(source), 16, seed=3)
     np.testing.assert_array_equal(seen, [chosen[i].image for i in range(16)])
     assert program.before_epoch(3, state) is state.extra  # it is whole by then
+    config.epochs, config.piad.progressive_epochs, config.piad.grow_epochs = 1, 0, 1 / 6
+    small = programs.piad_program(config, SuperNet(params, spec, full, {}))
+    assert small.stages == 2  # a third of the run, which is less than an epoch
 
 
 def test_a_fresh_network_of_a_sub_network_keeps_its_sizes_alone(spec, params):

@@ -11,11 +11,14 @@ from test_train import rows, run
 from flax_skd.io import checkpoint, data, sources
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import piad, vit
-from flax_skd.method.spec import SubnetSpec
+from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.run import config_files, feed, programs, sharding, train, training
 
+ONE = {"mean": (0.5,), "std": (0.5,)}
+SPEC = ViTSpec(8, 4, 16, 1, 2, mlp_dim=32, num_classes=10, in_channels=1, **ONE)
 
-def decides(config, *, frozen=None, spec=None):
+
+def decides(config, *, frozen=None, spec=SPEC):
     """What a run compares before it goes on, of images that are there."""
     program = types.SimpleNamespace(
         frozen=frozen, model=types.SimpleNamespace(spec=spec)
@@ -47,6 +50,12 @@ def test_what_a_run_may_need_to_go_on_may_change(change):
 @pytest.mark.parametrize("change", [{"seed": 3}, {"data.repeats": 2}, {"lr": 0.5}])
 def test_what_decides_the_result_may_not(change):
     assert decides(piad_config(**change)) != decides(piad_config())
+
+
+def test_a_start_that_reads_images_or_computes_otherwise_is_another_network():
+    known = decides(piad_config())
+    for other in (SPEC.replace(mean=(0.1,)), SPEC.replace(gelu="tanh")):
+        assert decides(piad_config(), spec=other) != known
 
 
 def test_a_teacher_goes_by_its_weights_not_by_where_they_lie(params):
@@ -82,21 +91,22 @@ def test_a_network_is_saved_with_the_repairs_that_it_was_trained_with(spec, tmp_
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-def test_a_run_that_died_in_its_last_evaluation_is_evaluated(tmp_path):
+@pytest.mark.parametrize(("died", "steps"), [(4, [4]), (2, [2, 4])])
+def test_a_run_that_died_in_an_evaluation_is_evaluated(tmp_path, died, steps):
     def dies(state):
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        run(steps=4, workdir=tmp_path, evaluate=dies)
-    assert not [row for row in rows(tmp_path) if "top1" in row]
+        every = {"checkpoint_every": died, "evaluate_every": died}
+        run(steps=4, workdir=tmp_path, evaluate=dies, **every)
     for _ in range(2):  # and once is enough
 
         def evaluate(state):
             return {"top1": float(state.step)}
 
-        run(steps=4, workdir=tmp_path, evaluate=evaluate, resume=True)
+        run(steps=4, workdir=tmp_path, evaluate=evaluate, resume=True, **every)
         assert [row for row in rows(tmp_path) if "top1" in row] == [
-            {"step": 4, "top1": 4.0}
+            {"step": step, "top1": float(step)} for step in steps
         ]
 
 

@@ -108,9 +108,11 @@ def test_a_list_that_a_run_would_not_finish(network, tmp_path, capsys):
     args = [*TRAIN, "--config=configs/piad.py", f"--config.model.path={network}"]
     args += [f"--workdir={tmp_path}/run"]
     told = refused([*args, "--config.piad.progressive_epochs=50.0"], capsys)
-    assert re.search(r"the list grows \d+ times, .* and the run has 21", told)
+    assert re.search(r"50 stages begin .* and the run has 21", told)
     told = refused([*args, "--config.piad.progressive_epochs=-5.0"], capsys)
     assert "piad.progressive_epochs = -5.0 must be above 0" in told
+    told = refused([*args, "--config.piad.share=0.99"], capsys)
+    assert "cannot be reached: removing every branch saves at most" in told
     assert not (tmp_path / "run").exists()
 
 

@@ -139,7 +139,15 @@ def crop_box(
 
     Its area is uniform in `scale`, its shape log-uniform in `ratio`. Where ten draws
     do not fit it is the largest central box whose shape lies in `ratio`.
+
+    Raises:
+      ValueError: if `scale` does not rise within 0 to 1.
     """
+    if not 0 <= scale[0] <= scale[1] <= 1:
+        raise ValueError(
+            f"scale = {scale}: the least share of the area (min_scale) must be 0 to 1, "
+            "and the most at least that."
+        )
     width, height = size
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_TRIES):
@@ -157,7 +165,13 @@ def crop_box(
 
 
 def random_flip(image, rng: np.random.Generator, *, flip: float):
-    """A PIL image, mirrored left to right with probability `flip`."""
+    """A PIL image, mirrored left to right with probability `flip`.
+
+    Raises:
+      ValueError: if `flip` is no probability.
+    """
+    if not 0 <= flip <= 1:
+        raise ValueError(f"flip = {flip} must be 0 to 1.")
     if rng.random() >= flip:
         return image
     return image.transpose(require("PIL.Image").Transpose.FLIP_LEFT_RIGHT)

@@ -22,8 +22,8 @@ CHECKPOINTS = "checkpoints"
 LOG = "log.jsonl"
 KEPT = 3  # the newest so many checkpoints stay
 BOARD = "tensorboard"  # the folder of its files
-# What a process that was killed leaves of the network it was writing.
-_UNFINISHED = re.compile(r"\.network\.[0-9a-f]{8}\.(tmp|old)")
+# What a process that was killed leaves of the networks it was writing.
+_UNFINISHED = re.compile(r"\.network(-.+)?\.[0-9a-f]{8}\.(tmp|old)")
 
 
 def claim(

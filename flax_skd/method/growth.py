@@ -101,9 +101,9 @@ def start(spec: ViTSpec, groups: Groups = PAPER_GROUPS) -> DropoutList:
     return piad.from_rows([full], spec, max_levels=capacity(spec, groups))
 
 
-def progressive_epochs(epochs: float) -> int:
+def progressive_epochs(epochs: float) -> float:
     """Epochs that grow the list: a third of the run, at most the paper's 50."""
-    return min(50, max(1, round(epochs / 3)))
+    return min(50.0, epochs / 3)
 
 
 def schedule(
@@ -112,8 +112,8 @@ def schedule(
     """MACs the smallest level may have saved after an epoch's growth.
 
     Args:
-      epoch: from 0.
-      progressive: how many epochs grow the list (`progressive_epochs`).
+      epoch: from 0; or a stage, where the list grows at other times.
+      progressive: how many epochs (`progressive_epochs`), or stages, grow the list.
       model_macs: of the full network, ends included.
       share: r, of `model_macs`, saved in the end.
 
@@ -161,7 +161,7 @@ def grow(
     widths = dropout_list.widths(levels, spec)
     full = macs.macs(spec)
     saved = full - macs.macs(spec, widths)
-    _check_target(target_macs_saved, spec, saved)
+    check_target(target_macs_saved, spec, saved)
     rows = []
     for removal in removals(widths, spec, importance, groups=groups):
         saved += removal.macs_saved
@@ -239,7 +239,8 @@ def drop(widths: SubnetSpec, removal: Removal) -> SubnetSpec:
     return piad.narrowed(widths, removal.block, fields, removal.width)
 
 
-def _check_target(target: float, spec: ViTSpec, saved: int) -> None:
+def check_target(target: float, spec: ViTSpec, saved: int = 0) -> None:
+    """Raises ValueError unless so many MACs can be saved, `saved` of them already."""
     if not 0 <= target < math.inf:
         raise ValueError(f"target_macs_saved = {target} must be finite and >= 0.")
     nothing = SubnetSpec.uniform(spec, 0, 0, 0)

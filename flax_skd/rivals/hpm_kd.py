@@ -282,9 +282,11 @@ def program(config: Any) -> Program:
         extra=Chain(np.int32(0), np.zeros(count, np.float32), np.float32(0)),
         before_epoch=begin,
         every_epochs=config.epochs / count,
+        stages=count,
         sizes=lambda extra: {"smallest": None},
         before_step=lambda step, extra: (extra, losses_[in_turn.now(extra)]),
         after_update=only_the_student,
         network=lambda params, extra: params[name_of(count - 1)],
+        beside=tuple(chain),
         frozen=found.params,
     )

@@ -190,7 +190,9 @@ def program(config: Any) -> Program:
         extra=stages.Stage(np.int32(0)),
         before_epoch=in_turn.begin,
         every_epochs=config.epochs / len(counts),
+        stages=len(counts),
         after_update=hold,
         network=lambda params, extra: recompose(params),
+        beside=tuple(f"depth-{d}" for d in depths),
         frozen=known.params,
     )

@@ -213,6 +213,8 @@ def program(config: Any) -> Program:
         extra=stages.Stage(np.int32(0)),
         before_epoch=begin,
         every_epochs=options.warm_epochs or config.epochs,
+        stages=2 if options.warm_epochs else 1,
         before_step=sampling.before_step,
+        beside=tuple(f"{r:g}" for r in ratios[:-1]),
         frozen=known and known.params,
     )

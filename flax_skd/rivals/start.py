@@ -9,6 +9,7 @@ from flax_skd.method import subnet
 from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import Params
 from flax_skd.run import commands
+from flax_skd.run.programs import beside
 
 
 def network(config: Any) -> SuperNet:
@@ -45,7 +46,7 @@ def save_sizes(
       facts: of the training, as provenance.
     """
     for name, (params, spec) in sizes.items():
-        target = directory.with_name(f"{directory.name}-{name}")
+        target = beside(directory, name)
         widths = subnet.widths_of(params, spec)
         small = SubNet(params, spec, widths, {**facts, "size": name})
         checkpoint.save_subnet(target, small, overwrite=target.exists())

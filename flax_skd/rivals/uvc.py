@@ -167,6 +167,7 @@ def program(config: Any) -> Program:
         extra=structure.start(spec, gate=options.gate_start),
         before_epoch=begin,
         every_epochs=options.search_epochs,
+        stages=2,
         sizes=sizes,
         after_update=search(
             model,

@@ -51,7 +51,7 @@ def open_images(
 
 
 def calibration_of(config: Any) -> Any:
-    """The `piad.calibration` section; the images of training where it names none."""
+    """The `piad.calibration` section; of the source of training where it names none."""
     section = config.piad.calibration.copy_and_resolve_references()
     if not section.source:
         section.source = config.data.source

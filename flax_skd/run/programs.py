@@ -9,7 +9,7 @@ import numpy as np
 
 from flax_skd.io import checkpoint
 from flax_skd.io.checkpoint import SubNet, SuperNet
-from flax_skd.method import costs, growth, importance, piad, vit
+from flax_skd.method import costs, growth, importance, macs, piad, vit
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import Params, ViT
 from flax_skd.run import commands, configured_loss, feed, lists, sharding
@@ -35,6 +35,7 @@ class Program(NamedTuple):
         where what is trained is not the network itself.
       stages: calls of `before_epoch` that a run must make to be whole.
       files: what `save` writes.
+      beside: names of what it writes `beside` that, directories of sub-networks.
       frozen: parameters of a teacher, or None; see `updates.TrainState`.
     """
 
@@ -52,7 +53,22 @@ class Program(NamedTuple):
     before_loss: BeforeLoss | None = None
     stages: int = 1
     files: tuple[str, ...] = checkpoint.SUPERNET_FILES
+    beside: tuple[str, ...] = ()
     frozen: Params | None = None
+
+
+def beside(directory: pathlib.Path, name: str) -> pathlib.Path:
+    """Where a network of another size lies, beside that of the run."""
+    return directory.with_name(f"{directory.name}-{name}")
+
+
+def written(
+    program: Program, directory: pathlib.Path
+) -> dict[pathlib.Path, tuple[str, ...]]:
+    """The directories that a program saves, and all that each of them holds."""
+    small = dict.fromkeys(program.beside, checkpoint.SUBNET_FILES)
+    others = {beside(directory, name): files for name, files in small.items()}
+    return {directory: program.files, **others}
 
 
 def scratch(config: Any, spec: ViTSpec) -> Program:
@@ -190,6 +206,10 @@ def _grower(config: Any, model: ViT, groups: growth.Groups, stages: int):
     mesh = sharding.mesh(config.mesh)
     cost = costs.cost_named(options.cost, spec.num_classes)
     rise = importance.sensitivity_named(options.sensitivity, spec.num_classes)
+    # The share of the last stage: known to be too large before the run, not in it.
+    full = macs.macs(spec)
+    last = growth.schedule(stages - 1, stages, model_macs=full, share=options.share)
+    growth.check_target(last, spec)
 
     def before_epoch(stage, state):
         if stage >= stages:

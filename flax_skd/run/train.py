@@ -151,6 +151,13 @@ def fit(
                 "other weights, or from an older checkpoint."
             )
         stack.enter_context(distributed.lost_peers_named())
+
+        def due(step):
+            return step == steps or step % (evaluate_every or steps) == 0
+
+        if evaluate and start and due(start):  # it may have died in that evaluation
+            with progress.paused():
+                progress.write_once(start, evaluate(state))
         ready: set[Loss] = set()  # losses whose step is compiled
         for step in range(start + 1, steps + 1):
             if before_epoch and (step - 1) % epoch_steps == 0:
@@ -178,7 +185,7 @@ def fit(
             if stopping or step == steps or step % checkpoint_every == 0:
                 running.settle()  # a state that is not finite must not be saved
                 disk.save(step, updates.saved(state))
-            if evaluate and (step == steps or step % (evaluate_every or steps) == 0):
+            if evaluate and due(step):
                 running.settle()
                 with progress.paused():
                     progress.write(step, evaluate(state))
@@ -187,8 +194,6 @@ def fit(
                     f"stopped when told to, after step {step} of {steps}; saved in "
                     f"{disk.workdir}. Run the same again with --resume to go on."
                 )
-        if evaluate and start == steps:  # it may have died in its last evaluation
-            progress.write_once(steps, evaluate(state))
     return state
 
 

@@ -113,7 +113,7 @@ def train(
     _check(config)
     program = program_of(config, others)
     target = pathlib.Path(workdir).expanduser() / NETWORK
-    _check_network(target, program.files, overwrite=overwrite, resume=resume)
+    _check_network(target, program, overwrite=overwrite, resume=resume)
     spec = program.model.spec
     if spec.num_classes < 2:
         raise ValueError(
@@ -205,9 +205,9 @@ def _check(config: Any) -> None:
 
 
 def _check_network(
-    target: pathlib.Path, files: tuple[str, ...], *, overwrite: bool, resume: bool
+    target: pathlib.Path, program: programs.Program, *, overwrite: bool, resume: bool
 ) -> None:
-    """Before the run, not after it: whether its network may be written."""
+    """Before the run, not after it: whether its networks may be written."""
     names = run_state.CHECKPOINTS, run_state.LOG
     run = any((target.parent / name).exists() for name in names)
     if run and not (overwrite or resume):
@@ -215,7 +215,8 @@ def _check_network(
     older = checkpoint.OLDER_SUPERNET_FILES
     replace = overwrite or (resume and run)
     try:
-        directory.check_target(directory.local(target), files, replace, older=older)
+        for path, files in programs.written(program, target).items():
+            directory.check_target(directory.local(path), files, replace, older=older)
     except ValueError as error:
         raise ValueError(
             f"the network of a run is written to {NETWORK} in its workdir, and {error} "
@@ -226,10 +227,10 @@ def _check_network(
 def _check_stages(stages: int, epoch_steps: int, steps: int) -> None:
     if (stages - 1) * epoch_steps >= steps:
         raise ValueError(
-            f"the list grows {stages} times, every {epoch_steps} steps, and the run has "
-            f"{steps}: it would end with a list that is not whole. Give more epochs, "
-            "fewer --config.piad.progressive_epochs (0 for a third of the run), or a "
-            "larger --config.piad.grow_epochs."
+            f"{stages} stages begin {epoch_steps} steps apart, and the run has {steps}: "
+            "it would end with a list that is not whole, or a last stage that never "
+            "began. Give more epochs; of piad fewer --config.piad.progressive_epochs (0 "
+            "for a third of the run), or a larger --config.piad.grow_epochs."
         )
 
 
@@ -245,6 +246,7 @@ def _what_decides(
     fields = {k: value for k, value in config.to_dict().items() if k not in free}
     fields["dataset"] = sources.fingerprint(source)
     del fields["data"]["workers"]  # they change no batch
+    fields["network"] = dataclasses.asdict(program.model.spec)
     # Where a run stopped for memory or at a bad image, the other value goes on: compared
     # as if it were the usual one.
     fields["remat"] = False
