@@ -24,6 +24,7 @@ from flax_skd.run import (
     configured_loss,
     evaluate,
     main,
+    sweeping,
     training,
 )
 
@@ -146,6 +147,25 @@ def test_a_sweep_of_another_network_is_not_resumed(supernet, files, capsys, tmp_
     (tmp_path / "net" / "supernet.json").write_text(json.dumps(fields))
     assert main.main([*args, "--config.data.batch_size=16", "--resume"]) == 1
     assert "sweep.json is of another sweep" in capsys.readouterr().err
+
+
+def test_a_sweep_killed_while_it_overwrites_keeps_no_row_of_other_images(
+    supernet, files, tmp_path, monkeypatch
+):
+    args = ["sweep", f"--workdir={supernet}", f"--out={tmp_path}", "--config.cuts=mlp"]
+    args += [f"--config.data.source=tar:{files}/images.tar", "--config.kept=1/2"]
+    assert main.main([*args, "--config.data.batch_size=16"]) == 0
+
+    def killed(*args, **options):
+        raise KeyboardInterrupt
+
+    fewer = [*args, "--config.data.batch_size=16", "--config.data.images=10"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeping, "run_sweep", killed)
+        assert main.main([*fewer, "--overwrite"]) == main.INTERRUPTED
+    assert main.main([*fewer, "--resume"]) == 0
+    rows = json.loads((tmp_path / "sweep.json").read_text())
+    assert {row["images"] for row in rows} == {10}
 
 
 def test_extract_writes_the_largest_network_within_the_budget(

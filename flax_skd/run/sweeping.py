@@ -10,7 +10,7 @@ import jax
 from flax_skd.io import checkpoint, sources
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.io.differences import differences
-from flax_skd.io.directory import as_json, parse
+from flax_skd.io.directory import as_json, parse, replaced
 from flax_skd.method import piad
 from flax_skd.method.piad import DropoutList
 from flax_skd.method.spec import SubnetSpec, ViTSpec
@@ -87,7 +87,11 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
     writes = jax.process_index() == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ASKED).write_text(json.dumps(asked) + "\n", encoding="utf-8")
+        if overwrite:  # else a sweep that is killed has rows of what was asked before
+            (folder / "sweep.json").unlink(missing_ok=True)
+        # At once: other processes may be reading it.
+        with replaced(folder / ASKED) as fresh:
+            fresh.write_text(json.dumps(asked) + "\n", encoding="utf-8")
         title_of_list = "What each block keeps, level by level"
         heat = report.list_figure(main.dropout_list, main.spec, title=title_of_list)
         heat.savefig(folder / "list.png", dpi=150)
