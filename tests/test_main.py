@@ -217,7 +217,11 @@ def test_a_profile_makes_budgets_in_time(supernet, files, capsys):
     sweep = ["sweep", f"--workdir={supernet}", f"--out={files}/timed"]
     sweep += [f"--config.data.source=tar:{files}/images.tar", "--config.kept=1/2"]
     sweep += ["--config.data.batch_size=16", f"--config.profile={profile}"]
-    assert main.main(sweep) == 0
+    assert main.main([*sweep, "--config.profile_batch=3"]) == 1
+    assert "never profiled" in capsys.readouterr().err
+    assert not (files / "timed").exists()  # before anything is measured
+    assert main.main([*sweep, "--config.profile="]) == 0
+    assert main.main([*sweep, "--resume"]) == 0  # of rows that are there
     assert (files / "timed" / "latency.png").stat().st_size > 1000
 
 

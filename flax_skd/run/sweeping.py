@@ -72,6 +72,7 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
         supernets[name] = checkpoint.load_supernet(paths[name])
     folder = pathlib.Path(out or f"{workdir}-sweep").expanduser()
     cuts = cuts_of(main, config.cuts, config.kept, every=config.every)
+    times = _times(config, main.spec, cuts)  # whatever is wrong is said first
     batches = feed.batches_of(config.data, main.spec, seed=config.seed)
     asked = {
         "images": sources.fingerprint(batches.source),
@@ -100,8 +101,6 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
         done.extend(fresh)
         if writes:
             report.write(folder, done, title=title)
-        if writes and config.profile:
-            _draw_over_time(config, main.spec, cuts, done, folder, title=title)
         _LOG.info("%s: %d rows of %d images", name, len(fresh), fresh[0]["images"])
 
     run_sweep(
@@ -111,18 +110,22 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
         cuts,
         after_each=keep,
     )
+    if writes and times:
+        label = f"predicted ms for a batch of {config.profile_batch}"
+        timed = [r | {"ms": times[r["cut"], r["kept"], r["level"]]} for r in done]
+        axis = report.Axis("ms", label, 1)
+        drawn = report.figure(timed, title=title, along=axis)
+        drawn.savefig(folder / "latency.png", dpi=150)
     return f"{report.table(done)}\n\nwrote {folder}/sweep.json, sweep.csv, sweep.png, list.png"
 
 
-def _draw_over_time(config, spec, cuts, rows, folder, *, title: str) -> None:
-    """`latency.png`: the same rows along the time that a profile predicts."""
+def _times(config: Any, spec: ViTSpec, cuts: list[evaluate.Cut]) -> dict[Any, float]:
+    """Predicted ms of every cut, by what tells its rows apart; {} without a profile."""
+    if not config.profile:
+        return {}
     found = time_budget.read(config.profile, dtype=config.dtype)
     milliseconds = time_budget.milliseconds(found, config.profile_batch)
-    at = {(c.cut, c.kept, c.level): milliseconds(spec, c.widths) for c in cuts}
-    rows = [r | {"ms": at[r["cut"], r["kept"], r["level"]]} for r in rows]
-    label = f"predicted ms for a batch of {config.profile_batch}"
-    drawn = report.figure(rows, title=title, along=report.Axis("ms", label, 1))
-    drawn.savefig(folder / "latency.png", dpi=150)
+    return {(c.cut, c.kept, c.level): milliseconds(spec, c.widths) for c in cuts}
 
 
 def _finished(
