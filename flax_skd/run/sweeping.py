@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from flax_skd.io import checkpoint, sources
+from flax_skd.io import checkpoint, processes, sources
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.io.differences import differences
 from flax_skd.io.directory import as_json, parse, replaced
@@ -81,6 +81,7 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
         **{key: config[key] for key in ("cuts", "kept", "every")},
         "networks": {k: checkpoint.supernet_sum(p) for k, p in paths.items()},
     }
+    processes.check_alike(asked)
     done, asked = _finished(folder, asked, overwrite=overwrite, resume=resume)
     there = {row["criterion"] for row in done}
     supernets = {k: v for k, v in supernets.items() if k not in there}
