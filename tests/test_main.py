@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 import shutil
+import signal
 import tarfile
 
 import jax
@@ -166,6 +167,24 @@ def test_a_sweep_killed_while_it_overwrites_keeps_no_row_of_other_images(
     assert main.main([*fewer, "--resume"]) == 0
     rows = json.loads((tmp_path / "sweep.json").read_text())
     assert {row["images"] for row in rows} == {10}
+
+
+@pytest.mark.parametrize(("name", "heeded"), [("sweep", True), ("train", False)])
+def test_of_several_processes_only_those_that_train_go_on_at_sigterm(
+    monkeypatch, name, heeded
+):
+    found = []
+    look = main.COMMANDS[name]._replace(
+        run=lambda values: found.append(signal.getsignal(signal.SIGTERM))
+    )
+    monkeypatch.setitem(main.COMMANDS, name, look)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        assert main.main([name, "--workdir=x"]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [handler is signal.SIG_DFL for handler in found] == [heeded]
 
 
 def test_extract_writes_the_largest_network_within_the_budget(

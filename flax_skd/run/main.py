@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from typing import Any
 
@@ -178,6 +179,9 @@ def _run(name: str, values: flags.FlagValues) -> int:
                 detect=values.distributed,
             )
             processes.check_alike(_told(name, values))
+            if name != "train" and jax.distributed.is_initialized():
+                # JAX catches it, for a run to save its state; others have none.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if jax.process_index():
             logging.getLogger("flax_skd").setLevel(logging.WARNING)  # one log a run
         done = COMMANDS[name].run(values)
