@@ -1,6 +1,7 @@
 """The mesh: eight devices compute what one computes."""
 
 import itertools
+import types
 
 import jax
 import numpy as np
@@ -189,6 +190,13 @@ def test_arrays_of_different_lengths_are_no_batch():
 def test_a_mesh_that_is_not_the_devices_is_refused(shape):
     with pytest.raises(ValueError, match="multiply to the 8 devices"):
         sharding.mesh(shape)
+
+
+def test_processes_with_unlike_numbers_of_devices_are_refused():
+    devices = np.array([types.SimpleNamespace(process_index=i) for i in (0, 0, 1)])
+    mesh = types.SimpleNamespace(devices=devices, shape={"data": 3})
+    with pytest.raises(ValueError, match=r"each process: \{0: 2, 1: 1\}"):
+        sharding._check_processes(mesh)
 
 
 def test_parameters_are_replicated_by_default(params):

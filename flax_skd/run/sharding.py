@@ -1,5 +1,6 @@
 """The mesh, and where parameters and batches lie on it."""
 
+import collections
 import functools
 import math
 import re
@@ -41,8 +42,9 @@ def mesh(
       devices: by default all there are, of all processes.
 
     Raises:
-      ValueError: if an axis is unknown, the sizes do not make up the devices, or the
-        axis `model` reaches over several processes, which have different examples.
+      ValueError: if an axis is unknown, the sizes do not make up the devices, one
+        process has more of them than another, or the axis `model` reaches over several
+        processes, which have different examples.
     """
     devices = list(devices if devices is not None else jax.devices())
     asked = dict(shape or {"data": -1})
@@ -68,6 +70,12 @@ def mesh(
 
 
 def _check_processes(mesh: Mesh) -> None:
+    counts = collections.Counter(d.process_index for d in mesh.devices.flat)
+    if len(set(counts.values())) > 1:
+        raise ValueError(
+            f"devices of each process: {dict(sorted(counts.items()))}. All must have as "
+            "many, since each reads as many images: look for a device that is not found."
+        )
     if "model" not in mesh.shape:
         return
     rows = mesh.devices.reshape(-1, mesh.shape["model"])
