@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from flax_skd.io import checkpoint
+from flax_skd.io import checkpoint, run_state
 from flax_skd.method.vit import ViT
 from flax_skd.run import config_files, objective, sharding, train, training
 
@@ -178,6 +178,19 @@ def test_a_batch_is_shared_out_over_data_and_fsdp():
 def test_a_batch_that_does_not_divide_names_the_nearest_that_does(size, near):
     with pytest.raises(ValueError, match=f"batch of {size} .* 8 devices.*{near}"):
         sharding.shard_batch({"label": np.zeros(size, np.int32)}, sharding.mesh())
+
+
+@pytest.mark.parametrize(("size", "parts"), [(60, 1), (64, 3)])
+def test_a_batch_that_does_not_divide_is_refused_before_a_run_is_overwritten(
+    tmp_path, size, parts
+):
+    earlier = tmp_path / run_state.CHECKPOINTS / "100"
+    earlier.mkdir(parents=True)
+    config = config_files.load("configs/scratch.py")
+    config.data.batch_size, config.accumulate = size, parts
+    with pytest.raises(ValueError, match=f"a batch of {size} does not divide"):
+        training.train(config, workdir=str(tmp_path), overwrite=True, resume=False)
+    assert earlier.is_dir()
 
 
 def test_arrays_of_different_lengths_are_no_batch():

@@ -205,23 +205,28 @@ def shard_batch(batch: Any, mesh: Mesh, *, parts: int = 1) -> Any:
       ValueError: if the examples cannot be shared out evenly; names the nearest batch
         sizes that can.
     """
-    sharding = batch_sharding(mesh)
-    _check_divides(batch, batch_parts(mesh), parts)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
-        batch,
-    )
-
-
-def _check_divides(batch: Any, devices: int, parts: int) -> None:
-    """Of the batch of all processes, as the config has it, and all devices."""
     sizes = {np.shape(x)[0] if np.ndim(x) else 0 for x in jax.tree.leaves(batch)}
     if len(sizes) != 1:
         raise ValueError(
             f"the arrays of a batch have {sorted(sizes)} examples: all must have the "
             "same number."
         )
-    size = sizes.pop() * jax.process_count()
+    check_divides(sizes.pop() * jax.process_count(), mesh, parts=parts)
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
+        batch,
+    )
+
+
+def check_divides(size: int, mesh: Mesh, *, parts: int = 1) -> None:
+    """Raises ValueError unless a mesh can share a batch of all processes out evenly.
+
+    Args:
+      size: examples of all processes, as the config has it.
+      mesh, parts: as of `shard_batch`.
+    """
+    devices = batch_parts(mesh)
     whole = devices * parts
     if size % whole or not size:
         below = size // whole * whole

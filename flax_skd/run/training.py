@@ -147,6 +147,8 @@ def train(
     rng = jax.random.key(config.seed + 1)
     scores: dict[str, float] = {}
     mesh = sharding.mesh(config.mesh)
+    parts = max(1, config.accumulate)  # fit refuses what is less
+    sharding.check_divides(config.data.batch_size, mesh, parts=parts)
     state = loop.fit(
         loop.initial_state(
             *(commands.in_float32(program.params), optimizer, rng),
