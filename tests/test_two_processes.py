@@ -87,6 +87,11 @@ def test_both_processes_have_the_same_results(found):
         np.testing.assert_array_equal(found[1][name], value, err_msg=name)
 
 
+def test_what_two_processes_have_in_parts_is_gathered_again_and_again(found):
+    want = two_processes.parameters()["head"]["kernel"]
+    np.testing.assert_array_equal(found[0]["gathered"], want)
+
+
 @pytest.mark.parametrize("part", ["sums", "importance", "losses", "params"])
 def test_two_processes_measure_and_train_as_one_does(found, alone, part):
     names = [name for name in alone if name.startswith(f"['{part}']")]

@@ -136,8 +136,31 @@ def whole(params: Any, places: Any) -> Any:
 
 
 def gathered(tree: Any, mesh: Mesh) -> Any:
-    """A tree of arrays, each whole on every device of the mesh: any host can read it."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """A tree of arrays, each whole on every device of the mesh: any host can read it.
+
+    What is cut is gathered by one program, and waited for: one an array, as `device_put`
+    makes them, are in flight at once, and CPU devices of several processes then deadlock.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    cut = {i: x for i, x in enumerate(leaves) if _is_cut(x, mesh)}
+    rest = {i: x for i, x in enumerate(leaves) if i not in cut}
+    place = NamedSharding(mesh, PartitionSpec())
+    found = jax.device_put(rest, place)
+    if cut:
+        found |= jax.block_until_ready(_gatherer(place)(cut))
+    return structure.unflatten(found[i] for i in range(len(leaves)))
+
+
+def _is_cut(x: Any, mesh: Mesh) -> bool:
+    place = getattr(x, "sharding", None)
+    known = isinstance(place, NamedSharding) and place.mesh == mesh
+    return known and not place.is_fully_replicated
+
+
+@functools.lru_cache(maxsize=8)
+def _gatherer(place: NamedSharding):
+    """A jitted move to this place, compiled once for trees of the same shapes."""
+    return jax.jit(lambda x: x, out_shardings=place)
 
 
 def copy_to(tree: Any, places: Any) -> Any:
