@@ -16,8 +16,8 @@ import sys
 
 LEAVING, LEFT = b"l", b"."
 AGAIN = (
-    "Start all processes of the run again, the same command with --resume: it goes on "
-    "from the newest whole checkpoint."
+    "Start all processes of the run again; a training goes on from its newest whole "
+    "checkpoint with --resume."
 )
 
 
