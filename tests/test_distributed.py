@@ -1,11 +1,13 @@
 """Who joins which run: flags, a TPU pod's environment, and what makes no sense."""
 
+import contextlib
 import logging
+import types
 
 import jax
 import pytest
 
-from flax_skd.run import distributed
+from flax_skd.run import distributed, witness
 
 
 @pytest.fixture
@@ -15,7 +17,13 @@ def joined(monkeypatch):
     for name in ("TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv(distributed.HEARTBEAT, raising=False)
-    monkeypatch.setattr(distributed, "_watched", lambda *of: calls.append(of))
+
+    @contextlib.contextmanager
+    def watched(*of):
+        calls.append(of)
+        yield
+
+    monkeypatch.setattr(distributed, "_watched", watched)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **kw: calls.append(kw))
     return calls
@@ -61,13 +69,13 @@ def test_named_processes_meet_at_the_coordinator(joined, caplog):
     assert "process 3 of 4: waiting for the others, 300 s at most" in caplog.text
     want = {"coordinator_address": "h:1234", "num_processes": 4, "process_id": 3}
     want |= {"heartbeat_timeout_seconds": 45, "initialization_timeout": 300}
-    assert joined == [want, (3, 4, "h:1234")]
+    assert joined == [(3, 4, "h:1234"), want]
 
 
 def test_the_silence_that_counts_as_a_loss_can_be_set(joined, monkeypatch):
     monkeypatch.setenv("FLAX_SKD_HEARTBEAT_S", "20")
     distributed.start(coordinator="h:1234", processes=2, process=0)
-    assert joined[0]["heartbeat_timeout_seconds"] == 20
+    assert joined[1]["heartbeat_timeout_seconds"] == 20
     for text in ("1", "soon", "-3", ""):
         monkeypatch.setenv("FLAX_SKD_HEARTBEAT_S", text)
         with pytest.raises(ValueError, match="FLAX_SKD_HEARTBEAT_S=.*without it, 45"):
@@ -78,6 +86,19 @@ def test_one_process_waits_for_no_word_of_others():
     refused = pytest.raises(jax.errors.JaxRuntimeError, match="out of memory")
     with refused, distributed.lost_peers_named():
         raise jax.errors.JaxRuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_a_witness_knows_whether_the_others_were_found(monkeypatch, found):
+    told = []
+    seen = types.SimpleNamespace(tell=told.append)
+    monkeypatch.setattr(witness, "Witness", lambda *of: seen)
+    monkeypatch.setattr(distributed.atexit, "register", lambda leave: None)
+    with contextlib.suppress(OSError), distributed._watched(0, 2, "h:1"):
+        assert told == [witness.WAITING]
+        if not found:
+            raise OSError("the port is taken")
+    assert told[1:] == [witness.JOINED if found else witness.LEFT]
 
 
 def test_a_run_that_is_joined_is_not_joined_again(joined, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 import shutil
+import signal
 import tarfile
 
 import jax
@@ -24,6 +25,7 @@ from flax_skd.run import (
     configured_loss,
     evaluate,
     main,
+    sweeping,
     training,
 )
 
@@ -148,6 +150,43 @@ def test_a_sweep_of_another_network_is_not_resumed(supernet, files, capsys, tmp_
     assert "sweep.json is of another sweep" in capsys.readouterr().err
 
 
+def test_a_sweep_killed_while_it_overwrites_keeps_no_row_of_other_images(
+    supernet, files, tmp_path, monkeypatch
+):
+    args = ["sweep", f"--workdir={supernet}", f"--out={tmp_path}", "--config.cuts=mlp"]
+    args += [f"--config.data.source=tar:{files}/images.tar", "--config.kept=1/2"]
+    assert main.main([*args, "--config.data.batch_size=16"]) == 0
+
+    def killed(*args, **options):
+        raise KeyboardInterrupt
+
+    fewer = [*args, "--config.data.batch_size=16", "--config.data.images=10"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeping, "run_sweep", killed)
+        assert main.main([*fewer, "--overwrite"]) == main.INTERRUPTED
+    assert main.main([*fewer, "--resume"]) == 0
+    rows = json.loads((tmp_path / "sweep.json").read_text())
+    assert {row["images"] for row in rows} == {10}
+
+
+@pytest.mark.parametrize(("name", "heeded"), [("sweep", True), ("train", False)])
+def test_of_several_processes_only_those_that_train_go_on_at_sigterm(
+    monkeypatch, name, heeded
+):
+    found = []
+    look = main.COMMANDS[name]._replace(
+        run=lambda values: found.append(signal.getsignal(signal.SIGTERM))
+    )
+    monkeypatch.setitem(main.COMMANDS, name, look)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        assert main.main([name, "--workdir=x"]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [handler is signal.SIG_DFL for handler in found] == [heeded]
+
+
 def test_extract_writes_the_largest_network_within_the_budget(
     supernet, files, batch, capsys
 ):
@@ -197,7 +236,11 @@ def test_a_profile_makes_budgets_in_time(supernet, files, capsys):
     sweep = ["sweep", f"--workdir={supernet}", f"--out={files}/timed"]
     sweep += [f"--config.data.source=tar:{files}/images.tar", "--config.kept=1/2"]
     sweep += ["--config.data.batch_size=16", f"--config.profile={profile}"]
-    assert main.main(sweep) == 0
+    assert main.main([*sweep, "--config.profile_batch=3"]) == 1
+    assert "never profiled" in capsys.readouterr().err
+    assert not (files / "timed").exists()  # before anything is measured
+    assert main.main([*sweep, "--config.profile="]) == 0
+    assert main.main([*sweep, "--resume"]) == 0  # of rows that are there
     assert (files / "timed" / "latency.png").stat().st_size > 1000
 
 

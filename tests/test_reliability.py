@@ -164,6 +164,8 @@ def test_a_witness_says_what_it_can_know():
         assert say(1, 2, there, witness.LEAVING + witness.LEFT) == ""
         assert "another one did not end" in say(1, 2, there, witness.LEAVING)
         assert "process 1 did not end" in say(0, 2, there, witness.LEAVING)
+        assert "it was killed" in say(1, 2, there, witness.WAITING + witness.JOINED)
+        assert "others were not there in time" in say(1, 2, there, witness.WAITING)
         assert "it was killed" in say(1, 2, there, b"")
         assert "process 2 is gone, unless" in say(1, 3, there, b"")
         assert "stopped sending" in say(1, 4, there, b"")

@@ -1,6 +1,7 @@
 """The mesh: eight devices compute what one computes."""
 
 import itertools
+import types
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from flax_skd.io import checkpoint
+from flax_skd.io import checkpoint, run_state
 from flax_skd.method.vit import ViT
 from flax_skd.run import config_files, objective, sharding, train, training
 
@@ -179,6 +180,19 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_does(size, near):
         sharding.shard_batch({"label": np.zeros(size, np.int32)}, sharding.mesh())
 
 
+@pytest.mark.parametrize(("size", "parts"), [(60, 1), (64, 3)])
+def test_a_batch_that_does_not_divide_is_refused_before_a_run_is_overwritten(
+    tmp_path, size, parts
+):
+    earlier = tmp_path / run_state.CHECKPOINTS / "100"
+    earlier.mkdir(parents=True)
+    config = config_files.load("configs/scratch.py")
+    config.data.batch_size, config.accumulate = size, parts
+    with pytest.raises(ValueError, match=f"a batch of {size} does not divide"):
+        training.train(config, workdir=str(tmp_path), overwrite=True, resume=False)
+    assert earlier.is_dir()
+
+
 def test_arrays_of_different_lengths_are_no_batch():
     batch = {"image": np.zeros((8, 2)), "label": np.zeros(16)}
     with pytest.raises(ValueError, match=r"\[8, 16\] examples"):
@@ -189,6 +203,13 @@ def test_arrays_of_different_lengths_are_no_batch():
 def test_a_mesh_that_is_not_the_devices_is_refused(shape):
     with pytest.raises(ValueError, match="multiply to the 8 devices"):
         sharding.mesh(shape)
+
+
+def test_processes_with_unlike_numbers_of_devices_are_refused():
+    devices = np.array([types.SimpleNamespace(process_index=i) for i in (0, 0, 1)])
+    mesh = types.SimpleNamespace(devices=devices, shape={"data": 3})
+    with pytest.raises(ValueError, match=r"each process: \{0: 2, 1: 1\}"):
+        sharding._check_processes(mesh)
 
 
 def test_parameters_are_replicated_by_default(params):

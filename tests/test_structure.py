@@ -68,7 +68,7 @@ FLOORS = {
             *("run.commands", "run.demo", "run.training", "run.contracting"),
             *("run.config_files", "run.feed", "run.programs", "run.sweeping"),
             *("run.subcommands", "run.recalibrating", "run.exporting"),
-            *("run.profiling", "run.configured_loss"),
+            *("run.profiling", "run.configured_loss", "run.training_checks"),
         ],
         6,
     ),

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -81,7 +82,14 @@ def alone(tmp_path_factory):
 
 def test_both_processes_have_the_same_results(found):
     for name, value in found[0].items():
+        if name == "a folder each":
+            continue  # it names the folder
         np.testing.assert_array_equal(found[1][name], value, err_msg=name)
+
+
+def test_what_two_processes_have_in_parts_is_gathered_again_and_again(found):
+    want = two_processes.parameters()["head"]["kernel"]
+    np.testing.assert_array_equal(found[0]["gathered"], want)
 
 
 @pytest.mark.parametrize("part", ["sums", "importance", "losses", "params"])
@@ -104,8 +112,18 @@ def test_two_processes_grow_the_list_and_score_of_one(found, alone):
             np.testing.assert_array_equal(found[0][name], want, err_msg=name)
 
 
-def test_an_axis_of_parameters_over_two_processes_is_refused(found):
-    assert "must divide the 2 devices of a process" in str(found[0]["refused"])
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("an axis over processes", "must divide the 2 devices of a process"),
+        ("other commands", "lr: process 0 has 0, process 1 has 1"),
+        ("other weights", "sum of what it starts from: process 0 has "),
+        ("a folder each", "process 0 writes there, process 1 does not see"),
+    ],
+)
+def test_what_two_processes_must_share_is_refused_by_both(found, what, words):
+    for one in found:
+        assert words in str(one[what])
 
 
 # The command line.
@@ -160,6 +178,11 @@ def test_only_the_first_process_tells_and_writes(commands):
         assert files == sorted(checkpoint.SUPERNET_FILES)
     there = {p.name for p in folder.iterdir() if p.suffix != ".log"}
     assert there == {"train", "wpac", "sweep"}
+
+
+def test_two_processes_that_were_told_different_things_say_which(commands):
+    for log in commands[2]:
+        assert re.search("workdir: process 0 has '.*/0', process 1 has '.*/1'", log)
 
 
 # What each process reads.

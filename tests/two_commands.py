@@ -37,9 +37,14 @@ def run(folder, *hosts):
     return max(main.main([*c, *hosts]) for c in (train, contract, sweep))
 
 
+def other_commands(folder, index, *hosts):
+    """One that each process is given differently; 0 if it was refused."""
+    return main.main([*SWEEP, f"--workdir={folder}/{index}", *hosts]) - 1
+
+
 if __name__ == "__main__":
     port, index, target = sys.argv[1:]
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     os.environ.setdefault("MPLBACKEND", "agg")
     hosts = [f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={index}"]
-    sys.exit(run(target, *hosts))
+    sys.exit(other_commands(target, index, *hosts) or run(target, *hosts))

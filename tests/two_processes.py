@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from flax_skd.io import augment, data, run_state
+from flax_skd.io import augment, data, processes, run_state
 from flax_skd.io.sources import ArraySource
 from flax_skd.method import growth, importance, macs, statistics, vit
 from flax_skd.method.spec import ViTSpec
@@ -107,10 +107,27 @@ def main(port, index, target):
         initialization_timeout=30,
     )
     found = results(sharding.mesh({"fsdp": 2, "model": 2}), f"{target}/run")
-    try:
-        sharding.mesh({"model": 4})
-    except ValueError as error:
-        found["refused"] = np.array(str(error))
+    mesh = sharding.mesh({"fsdp": 2, "model": 2})
+    params = parameters()
+    cut = sharding.copy_to(params, sharding.param_sharding(params, mesh))
+    for _ in range(30):  # nothing waits in between but for what `gathered` waits for
+        whole = sharding.gathered(cut, mesh)
+    found["gathered"] = np.asarray(whole["head"]["kernel"])
+    processes.SEEN_WITHIN_S = 1
+    own = pathlib.Path(target, f"own_{index}")
+    own.mkdir()
+    other = jax.tree.map(lambda x: x + int(index), parameters())
+    mesh = sharding.mesh()
+    for name, wrong in {
+        "an axis over processes": lambda: sharding.mesh({"model": 4}),
+        "other commands": lambda: processes.check_alike({"lr": int(index), "steps": 3}),
+        "other weights": lambda: three_steps(ViT(SPEC), other, mesh, f"{target}/no"),
+        "a folder each": lambda: run_state.claim(own),
+    }.items():
+        try:
+            wrong()
+        except ValueError as error:
+            found[name] = np.array(str(error))
     np.savez(f"{target}/{index}.npz", **found)
     multihost_utils.sync_global_devices("done")
 

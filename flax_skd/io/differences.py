@@ -20,15 +20,17 @@ def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def differences(saved: Any, now: Any) -> list[str]:
-    """One line for each field that two JSON values do not share."""
+def differences(
+    saved: Any, now: Any, *, words: tuple[str, str] = ("saved", "now")
+) -> list[str]:
+    """One line for each field that two JSON values do not share, `words` before each."""
     old, new = _flat(saved), _flat(now)
 
     def shown(fields, key):
         return repr(fields[key]) if key in fields else "nothing"
 
     return [
-        f"{key}: saved {shown(old, key)}, now {shown(new, key)}"
+        f"{key}: {words[0]} {shown(old, key)}, {words[1]} {shown(new, key)}"
         for key in sorted(old | new)
         if key not in old or key not in new or old[key] != new[key]
     ]

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from flax_skd.io import whole_steps
+from flax_skd.io import processes, whole_steps
 from flax_skd.io.differences import differences, shapes
 from flax_skd.io.directory import as_json, barrier, local, probe
 from flax_skd.io.extras import require
@@ -42,7 +42,7 @@ def claim(
 
     Raises:
       ValueError: if a run is there and neither is given, or both are, or nothing can
-        be written.
+        be written, or not every process sees what the first writes.
     """
     if overwrite and resume:
         raise ValueError("--overwrite and --resume exclude each other: give one.")
@@ -63,7 +63,7 @@ def claim(
         for left in path.iterdir():
             if _UNFINISHED.fullmatch(left.name):
                 shutil.rmtree(left)
-    barrier("claimed")
+    processes.check_shared(path)
     return path
 
 

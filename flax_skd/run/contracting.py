@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_skd.io import checkpoint, data, directory
+from flax_skd.io import (
+    checkpoint,
+    data,
+    directory,
+    processes,
+    sources,
+    summed_arrays,
+)
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.method import (
     allocation,
@@ -69,6 +76,9 @@ def contract(config: Any, *, workdir: str, overwrite: bool) -> str:
     network = commands.load_network(config.model)
     _check_reach(config, network.spec)
     batches = _batches(config.data, network.spec, config)
+    if jax.process_count() > 1:
+        read = {"images": sources.fingerprint(batches.source)}
+        processes.check_alike(read | {"network": summed_arrays.of_tree(network.params)})
     stats = commands.calibrate(
         network,
         batches,

@@ -79,14 +79,14 @@ def start(
         "process %d of %d: waiting for the others, %d s at most; the first is %s",
         *(process, processes, WAIT_S, coordinator),
     )
-    jax.distributed.initialize(
-        initialization_timeout=WAIT_S,
-        coordinator_address=coordinator,
-        num_processes=processes,
-        process_id=process,
-        heartbeat_timeout_seconds=heartbeat(),
-    )
-    _watched(process, processes, coordinator)
+    with _watched(process, processes, coordinator):
+        jax.distributed.initialize(
+            initialization_timeout=WAIT_S,
+            coordinator_address=coordinator,
+            num_processes=processes,
+            process_id=process,
+            heartbeat_timeout_seconds=heartbeat(),
+        )
 
 
 def _detect() -> None:
@@ -98,14 +98,27 @@ def _detect() -> None:
             "out on one machine, or name the processes by --coordinator=HOST:PORT, "
             "--processes=N and --process=I."
         ) from error
-    _watched(jax.process_index(), jax.process_count(), "")
+    with _watched(jax.process_index(), jax.process_count(), ""):
+        pass  # who it is was not known before
 
 
-def _watched(process: int, processes: int, coordinator: str) -> None:
-    """Starts a witness, and sees to it that it knows an end from a death."""
+@contextlib.contextmanager
+def _watched(process: int, processes: int, coordinator: str) -> Iterator[None]:
+    """Has a witness of the joining inside and of all that follows.
+
+    It is told of every end by itself, so that it knows one from a death.
+    """
     if processes == 1:
+        yield
         return
     seen = witness.Witness(process, processes, coordinator)
+    seen.tell(witness.WAITING)
+    try:
+        yield
+    except BaseException:
+        seen.tell(witness.LEFT)  # the error says what it was
+        raise
+    seen.tell(witness.JOINED)
 
     def leave():
         seen.tell(witness.LEAVING)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 from absl import flags
 from absl import logging as absl_logging
 
+from flax_skd.io import processes
 from flax_skd.io.extras import require
 from flax_skd.rivals import table
 from flax_skd.run import config_files, distributed, subcommands
@@ -176,6 +178,10 @@ def _run(name: str, values: flags.FlagValues) -> int:
                 process=values.process,
                 detect=values.distributed,
             )
+            processes.check_alike(_told(name, values))
+            if name != "train" and jax.distributed.is_initialized():
+                # JAX catches it, for a run to save its state; others have none.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if jax.process_index():
             logging.getLogger("flax_skd").setLevel(logging.WARNING)  # one log a run
         done = COMMANDS[name].run(values)
@@ -188,6 +194,13 @@ def _run(name: str, values: flags.FlagValues) -> int:
         print(f"flax-skd {name}: interrupted.", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _told(name: str, values: flags.FlagValues) -> dict[str, Any]:
+    """The command and its flags, but for which process this is."""
+    names = set(COMMANDS[name].flags) - set(subcommands.HOSTS)
+    told = {flag: values[flag].value for flag in sorted(names)}
+    return {"command": name, **told, "config": values.config.to_dict()}
 
 
 def _entry(last: str, arguments: list[str]) -> str:

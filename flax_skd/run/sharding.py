@@ -1,5 +1,6 @@
 """The mesh, and where parameters and batches lie on it."""
 
+import collections
 import functools
 import math
 import re
@@ -41,8 +42,9 @@ def mesh(
       devices: by default all there are, of all processes.
 
     Raises:
-      ValueError: if an axis is unknown, the sizes do not make up the devices, or the
-        axis `model` reaches over several processes, which have different examples.
+      ValueError: if an axis is unknown, the sizes do not make up the devices, one
+        process has more of them than another, or the axis `model` reaches over several
+        processes, which have different examples.
     """
     devices = list(devices if devices is not None else jax.devices())
     asked = dict(shape or {"data": -1})
@@ -68,6 +70,12 @@ def mesh(
 
 
 def _check_processes(mesh: Mesh) -> None:
+    counts = collections.Counter(d.process_index for d in mesh.devices.flat)
+    if len(set(counts.values())) > 1:
+        raise ValueError(
+            f"devices of each process: {dict(sorted(counts.items()))}. All must have as "
+            "many, since each reads as many images: look for a device that is not found."
+        )
     if "model" not in mesh.shape:
         return
     rows = mesh.devices.reshape(-1, mesh.shape["model"])
@@ -128,8 +136,31 @@ def whole(params: Any, places: Any) -> Any:
 
 
 def gathered(tree: Any, mesh: Mesh) -> Any:
-    """A tree of arrays, each whole on every device of the mesh: any host can read it."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """A tree of arrays, each whole on every device of the mesh: any host can read it.
+
+    What is cut is gathered by one program, and waited for: one an array, as `device_put`
+    makes them, are in flight at once, and CPU devices of several processes then deadlock.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    cut = {i: x for i, x in enumerate(leaves) if _is_cut(x, mesh)}
+    rest = {i: x for i, x in enumerate(leaves) if i not in cut}
+    place = NamedSharding(mesh, PartitionSpec())
+    found = jax.device_put(rest, place)
+    if cut:
+        found |= jax.block_until_ready(_gatherer(place)(cut))
+    return structure.unflatten(found[i] for i in range(len(leaves)))
+
+
+def _is_cut(x: Any, mesh: Mesh) -> bool:
+    place = getattr(x, "sharding", None)
+    known = isinstance(place, NamedSharding) and place.mesh == mesh
+    return known and not place.is_fully_replicated
+
+
+@functools.lru_cache(maxsize=8)
+def _gatherer(place: NamedSharding):
+    """A jitted move to this place, compiled once for trees of the same shapes."""
+    return jax.jit(lambda x: x, out_shardings=place)
 
 
 def copy_to(tree: Any, places: Any) -> Any:
@@ -197,23 +228,28 @@ def shard_batch(batch: Any, mesh: Mesh, *, parts: int = 1) -> Any:
       ValueError: if the examples cannot be shared out evenly; names the nearest batch
         sizes that can.
     """
-    sharding = batch_sharding(mesh)
-    _check_divides(batch, batch_parts(mesh), parts)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
-        batch,
-    )
-
-
-def _check_divides(batch: Any, devices: int, parts: int) -> None:
-    """Of the batch of all processes, as the config has it, and all devices."""
     sizes = {np.shape(x)[0] if np.ndim(x) else 0 for x in jax.tree.leaves(batch)}
     if len(sizes) != 1:
         raise ValueError(
             f"the arrays of a batch have {sorted(sizes)} examples: all must have the "
             "same number."
         )
-    size = sizes.pop() * jax.process_count()
+    check_divides(sizes.pop() * jax.process_count(), mesh, parts=parts)
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
+        batch,
+    )
+
+
+def check_divides(size: int, mesh: Mesh, *, parts: int = 1) -> None:
+    """Raises ValueError unless a mesh can share a batch of all processes out evenly.
+
+    Args:
+      size: examples of all processes, as the config has it.
+      mesh, parts: as of `shard_batch`.
+    """
+    devices = batch_parts(mesh)
     whole = devices * parts
     if size % whole or not size:
         below = size // whole * whole

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from flax_skd.io import checkpoint, sources
+from flax_skd.io import checkpoint, processes, sources
 from flax_skd.io.checkpoint import SuperNet
 from flax_skd.io.differences import differences
-from flax_skd.io.directory import as_json, parse
+from flax_skd.io.directory import as_json, parse, replaced
 from flax_skd.method import piad
 from flax_skd.method.piad import DropoutList
 from flax_skd.method.spec import SubnetSpec, ViTSpec
@@ -72,6 +72,7 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
         supernets[name] = checkpoint.load_supernet(paths[name])
     folder = pathlib.Path(out or f"{workdir}-sweep").expanduser()
     cuts = cuts_of(main, config.cuts, config.kept, every=config.every)
+    times = _times(config, main.spec, cuts)  # whatever is wrong is said first
     batches = feed.batches_of(config.data, main.spec, seed=config.seed)
     asked = {
         "images": sources.fingerprint(batches.source),
@@ -80,6 +81,7 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
         **{key: config[key] for key in ("cuts", "kept", "every")},
         "networks": {k: checkpoint.supernet_sum(p) for k, p in paths.items()},
     }
+    processes.check_alike(asked)
     done, asked = _finished(folder, asked, overwrite=overwrite, resume=resume)
     there = {row["criterion"] for row in done}
     supernets = {k: v for k, v in supernets.items() if k not in there}
@@ -87,7 +89,11 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
     writes = jax.process_index() == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ASKED).write_text(json.dumps(asked) + "\n", encoding="utf-8")
+        if overwrite:  # else a sweep that is killed has rows of what was asked before
+            (folder / "sweep.json").unlink(missing_ok=True)
+        # At once: other processes may be reading it.
+        with replaced(folder / ASKED) as fresh:
+            fresh.write_text(json.dumps(asked) + "\n", encoding="utf-8")
         title_of_list = "What each block keeps, level by level"
         heat = report.list_figure(main.dropout_list, main.spec, title=title_of_list)
         heat.savefig(folder / "list.png", dpi=150)
@@ -96,8 +102,6 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
         done.extend(fresh)
         if writes:
             report.write(folder, done, title=title)
-        if writes and config.profile:
-            _draw_over_time(config, main.spec, cuts, done, folder, title=title)
         _LOG.info("%s: %d rows of %d images", name, len(fresh), fresh[0]["images"])
 
     run_sweep(
@@ -107,18 +111,22 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
         cuts,
         after_each=keep,
     )
+    if writes and times:
+        label = f"predicted ms for a batch of {config.profile_batch}"
+        timed = [r | {"ms": times[r["cut"], r["kept"], r["level"]]} for r in done]
+        axis = report.Axis("ms", label, 1)
+        drawn = report.figure(timed, title=title, along=axis)
+        drawn.savefig(folder / "latency.png", dpi=150)
     return f"{report.table(done)}\n\nwrote {folder}/sweep.json, sweep.csv, sweep.png, list.png"
 
 
-def _draw_over_time(config, spec, cuts, rows, folder, *, title: str) -> None:
-    """`latency.png`: the same rows along the time that a profile predicts."""
+def _times(config: Any, spec: ViTSpec, cuts: list[evaluate.Cut]) -> dict[Any, float]:
+    """Predicted ms of every cut, by what tells its rows apart; {} without a profile."""
+    if not config.profile:
+        return {}
     found = time_budget.read(config.profile, dtype=config.dtype)
     milliseconds = time_budget.milliseconds(found, config.profile_batch)
-    at = {(c.cut, c.kept, c.level): milliseconds(spec, c.widths) for c in cuts}
-    rows = [r | {"ms": at[r["cut"], r["kept"], r["level"]]} for r in rows]
-    label = f"predicted ms for a batch of {config.profile_batch}"
-    drawn = report.figure(rows, title=title, along=report.Axis("ms", label, 1))
-    drawn.savefig(folder / "latency.png", dpi=150)
+    return {(c.cut, c.kept, c.level): milliseconds(spec, c.widths) for c in cuts}
 
 
 def _finished(

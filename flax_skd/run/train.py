@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from flax_skd.io import run_state
+from flax_skd.io import processes, run_state, summed_arrays
 from flax_skd.run import distributed, faults, sharding, updates
 from flax_skd.run.interrupt import Stopped, told_to_stop
 from flax_skd.run.objective import Loss, classification_loss
@@ -107,6 +107,7 @@ def fit(
             raise ValueError(f"{name} = {count} must be at least 1.")
     if before_loss and not before_step:
         raise ValueError("before_loss is for the losses of before_step: give both.")
+    _check_alike(config, state)
     mesh = mesh or sharding.mesh()
     place = sharding.param_sharding(state, mesh)
 
@@ -195,6 +196,15 @@ def fit(
                     f"{disk.workdir}. Run the same again with --resume to go on."
                 )
     return state
+
+
+def _check_alike(config: dict[str, Any] | None, state: TrainState) -> None:
+    """Copies of a state on several hosts are one state only if they start as one."""
+    if jax.process_count() > 1:
+        leaves = jax.tree.leaves((state.params, state.extra))
+        local = [x for x in leaves if getattr(x, "is_fully_addressable", True)]
+        start = summed_arrays.of_tree(local)
+        processes.check_alike({**(config or {}), "sum of what it starts from": start})
 
 
 def _on_mesh(x, place):

@@ -15,13 +15,18 @@ from flax_skd.io import (
     augment,
     checkpoint,
     data,
-    directory,
-    run_state,
     sources,
     summed_arrays,
 )
 from flax_skd.method.spec import ViTSpec
-from flax_skd.run import commands, evaluate, feed, programs, sharding
+from flax_skd.run import (
+    commands,
+    evaluate,
+    feed,
+    programs,
+    sharding,
+    training_checks,
+)
 from flax_skd.run import train as loop
 
 AUGMENTS = {
@@ -110,10 +115,10 @@ def train(
     Returns:
       What to print: where the network lies and its accuracy.
     """
-    _check(config)
+    training_checks.check_numbers(config)
     program = program_of(config, others)
     target = pathlib.Path(workdir).expanduser() / NETWORK
-    _check_network(target, program, overwrite=overwrite, resume=resume)
+    training_checks.check_networks(target, program, overwrite=overwrite, resume=resume)
     spec = program.model.spec
     if spec.num_classes < 2:
         raise ValueError(
@@ -136,7 +141,7 @@ def train(
     per_epoch = len(source) // config.data.batch_size
     steps = max(1, round(config.epochs * per_epoch))
     epoch_steps = max(1, round(program.every_epochs * per_epoch))
-    _check_stages(program.stages, epoch_steps, steps)
+    training_checks.check_stages(program.stages, epoch_steps, steps)
     schedule = loop.cosine(
         config.lr,
         steps=steps,
@@ -148,6 +153,8 @@ def train(
     )
     rng, mesh = jax.random.key(config.seed + 1), sharding.mesh(config.mesh)
     scores: dict[str, float] = {}
+    parts = max(1, config.accumulate)  # fit refuses what is less
+    sharding.check_divides(config.data.batch_size, mesh, parts=parts)
     with contextlib.closing(batches):
         state = loop.fit(
             loop.initial_state(
@@ -183,55 +190,6 @@ def train(
     program.save(target, *whole, facts)
     found = ", ".join(f"{k} {v:.2f} %" for k, v in scores.items()) or "not evaluated"
     return f"wrote {target}: {steps} steps, {found}"
-
-
-def _check(config: Any) -> None:
-    """Numbers of a training config that would train, and to nothing of use."""
-    if "program" not in config:
-        raise ValueError(
-            "this config trains nothing: take one with a `program`, such as "
-            "configs/scratch.py, piad.py, transfer.py or finetune.py."
-        )
-    if config.weights not in ("ema", "raw"):
-        raise ValueError(f"weights {config.weights!r}: choose ema or raw.")
-    above, others = ("epochs", "evaluate_epochs", "lr"), ("warmup_epochs", "min_lr")
-    for name in (*above, *others, "weight_decay", "clip_norm"):
-        value = config[name]
-        if not 0 <= value < float("inf") or (name in above and not value):
-            words = "above 0" if name in above else "0 or more"
-            raise ValueError(f"{name} = {value} must be a number {words}.")
-    if not 0 <= config.ema_decay <= 1:
-        raise ValueError(f"ema_decay = {config.ema_decay} must be 0 to 1.")
-
-
-def _check_network(
-    target: pathlib.Path, program: programs.Program, *, overwrite: bool, resume: bool
-) -> None:
-    """Before the run, not after it: whether its networks may be written."""
-    names = run_state.CHECKPOINTS, run_state.LOG
-    run = any((target.parent / name).exists() for name in names)
-    if run and not (overwrite or resume):
-        return  # the loop refuses it, and says what to do
-    older = checkpoint.OLDER_SUPERNET_FILES
-    replace = overwrite or (resume and run)
-    try:
-        for path, files in programs.written(program, target).items():
-            directory.check_target(directory.local(path), files, replace, older=older)
-    except ValueError as error:
-        raise ValueError(
-            f"the network of a run is written to {NETWORK} in its workdir, and {error} "
-            "For a run that is another workdir."
-        ) from error
-
-
-def _check_stages(stages: int, epoch_steps: int, steps: int) -> None:
-    if (stages - 1) * epoch_steps >= steps:
-        raise ValueError(
-            f"{stages} stages begin {epoch_steps} steps apart, and the run has {steps}: "
-            "it would end with a list that is not whole, or a last stage that never "
-            "began. Give more epochs; of piad fewer --config.piad.progressive_epochs (0 "
-            "for a third of the run), or a larger --config.piad.grow_epochs."
-        )
 
 
 def _what_decides(

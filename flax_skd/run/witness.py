@@ -14,10 +14,10 @@ import socket
 import subprocess
 import sys
 
-LEAVING, LEFT = b"l", b"."
+WAITING, JOINED, LEAVING, LEFT = b"w", b"j", b"l", b"."
 AGAIN = (
-    "Start all processes of the run again, the same command with --resume: it goes on "
-    "from the newest whole checkpoint."
+    "Start all processes of the run again; a training goes on from its newest whole "
+    "checkpoint with --resume."
 )
 
 
@@ -39,7 +39,7 @@ class Witness:
         )
 
     def tell(self, word: bytes) -> None:
-        """`LEAVING` when the process is about to end by itself, `LEFT` when it has."""
+        """What the process is at: `WAITING` for the others, `LEAVING` by itself ..."""
         with contextlib.suppress(OSError):  # it was ended before us
             self._child.stdin.write(word)
             self._child.stdin.flush()
@@ -59,6 +59,12 @@ def verdict(process: int, processes: int, coordinator: str, heard: bytes) -> str
     if heard.endswith(LEFT):
         return ""
     this = f"flax-skd: process {process} of {processes}"
+    if heard == WAITING:
+        return (
+            f"{this} was ended: the others were not there in time, unless it was killed. "
+            "Start all of them with the same --processes and --coordinator, whose port "
+            "every host must reach."
+        )
     # Who may be lost: not 0 if it answers.
     alive = {process} | ({0} if coordinator and _reachable(coordinator) else set())
     others = sorted(set(range(processes)) - alive)
