@@ -191,21 +191,20 @@ def _normalise_forward(x: Array, scale: Array, bias: Array, epsilon: float):
     centred = wide - mean
     variance = (centred * centred).mean(-1, keepdims=True)
     inverse = jax.lax.rsqrt(variance + epsilon)
-    return centred * inverse * scale + bias, (x, scale, mean, inverse)
+    return centred * inverse * scale + bias, (x, scale, bias, mean, inverse)
 
 
 def _normalise_backward(epsilon: float, kept, g: Array) -> tuple[Array, Array, Array]:
-    x, scale, *row = kept
+    x, scale, bias, *row = kept
     # Else XLA computes them again, wherever they are read.
     mean, inverse = jax.lax.optimization_barrier(row)
     y = (x.astype(jnp.float32) - mean) * inverse
     dy = g * scale
     along = (y * dy).mean(-1, keepdims=True)
     dx = inverse * (dy - dy.mean(-1, keepdims=True) - y * along)
-    rows = tuple(range(g.ndim - 1))
-    over_rows = functools.partial(jnp.sum, axis=rows, keepdims=True)
-    dscale, dbias = (over_rows(f).astype(scale.dtype) for f in (y * g, g))
-    return dx.astype(x.dtype), dscale, dbias
+    # Sums over rows, and inside `shard_map` over the devices that share the parameters.
+    sums = jax.linear_transpose(lambda s, b: y * s + b, scale, bias)
+    return dx.astype(x.dtype), *sums(g)
 
 
 _normalise.defvjp(_normalise_forward, _normalise_backward)
