@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -249,7 +249,7 @@ class SubnetSpec(NamedTuple):
     mlp_dim: Any
 
     @classmethod
-    def uniform(cls, spec: ViTSpec, qk_dim: int, vo_dim: int, mlp_dim: int):
+    def uniform(cls, spec: ViTSpec, qk_dim: int, vo_dim: int, mlp_dim: int) -> Self:
         """The same widths in every block."""
         return cls(*((w,) * spec.depth for w in (qk_dim, vo_dim, mlp_dim))).check(spec)
 
