@@ -349,3 +349,15 @@ def test_integers_that_are_no_pixels_are_refused(spec, params, batch):
     images = np.zeros(batch["image"].shape, np.int32)
     with pytest.raises(ValueError, match="images are int32: give pixels as uint8"):
         ViT(spec).apply({"params": params}, images)
+
+
+def test_fresh_parameters_are_float32_where_jax_computes_in_float64(spec, batch):
+    there = spec.replace(layer_scale=True, registers=2, distilled=True)
+    jax.config.update("jax_enable_x64", True)
+    try:
+        params = vit.init(there, jax.random.key(0))
+        program = jax.make_jaxpr(ViT(there).apply)({"params": params}, batch["image"])
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert {x.dtype.name for x in jax.tree.leaves(params)} == {"float32"}
+    assert "f64[" not in str(program)
