@@ -288,6 +288,8 @@ def test_extracting_more_than_there_is_names_the_block(spec, params):
     small = subnet.extract(params, WIDTHS["ragged"])
     with pytest.raises(ValueError, match="qk_dim = 12 in block 0, .* hold 5"):
         subnet.extract(small, SubnetSpec.full(spec))
+    with pytest.raises(ValueError, match=r"give variables\['params'\]"):
+        subnet.extract({"params": params}, SubnetSpec.full(spec))
 
 
 def test_each_example_may_have_its_own_subnetwork(spec, params, batch):
