@@ -363,3 +363,9 @@ def test_fresh_parameters_are_float32_where_jax_computes_in_float64(spec, batch)
         jax.config.update("jax_enable_x64", False)
     assert {x.dtype.name for x in jax.tree.leaves(params)} == {"float32"}
     assert "f64[" not in str(program)
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, "int32"])
+def test_a_computation_in_integers_is_refused(spec, params, batch, dtype):
+    with pytest.raises(ValueError, match="that of the computation, float32 or bfloat"):
+        ViT(spec, dtype=dtype).apply({"params": params}, batch["image"])

@@ -39,6 +39,11 @@ class Linear(nn.Module):
 
     def setup(self):
         """Makes kernel and bias, for this map alone or for `together`."""
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(
+                f"dtype = {jnp.dtype(self.dtype).name}: that of the computation, float32 "
+                "or bfloat16; images may be uint8 in both."
+            )
         summed, made = _summed_and_made(self.equation)
         axes = self.equation.partition(",")[2]
         init = self.kernel_init or nn.initializers.variance_scaling(
