@@ -59,7 +59,7 @@ def open_source(
         it and says what would.
       ImportError: if the package is not installed that reads such a source.
     """
-    kind, _, rest = description.partition(":")
+    kind, _, rest = str(description).partition(":")  # a path too is told the forms
     if labels is not None and kind != "tar" and kind in _KINDS:
         raise ValueError(
             f"labels = {labels!r} goes with tar:PATH; {description!r} has its own."
