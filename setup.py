@@ -17,6 +17,7 @@ setup(
         *("flax_skd.configs", "flax_skd.configs.rivals"),
     ],
     package_dir={"flax_skd.configs": "configs"},
+    package_data={"flax_skd": ["py.typed"]},
     install_requires=[
         "jax>=0.8.1",
         "flax>=0.12.1",

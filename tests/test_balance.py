@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import shake
 from test_second_moments import SMALL, images, network
 from test_statistics import collect
 
-from flax_skd.method import balance, contraction
+from flax_skd.method import balance, contraction, vit
 from flax_skd.method.balance import Balanced
 from flax_skd.method.vit import ViT
 
@@ -193,6 +194,24 @@ def test_attended_keys_that_were_not_collected_are_asked_for(network, images):
     criterion = contraction.balanced_criterion(Balanced(keys="attended"))
     with pytest.raises(ValueError, match=r"moments=\('gradient', 'attended'\)"):
         contraction.contract(network, SMALL, stats, criterion=criterion)
+
+
+def test_a_network_of_one_token_has_no_attended_keys_and_needs_none():
+    one = SMALL.replace(patch_size=8, class_token=False, pool="avg")
+    params = shake(vit.init(one, jax.random.key(0)), scale=0.3)
+    images = {"image": np.ones((2, 8, 8, 3), np.float32)}
+    images |= {"label": np.zeros(2, np.int32), "weight": np.ones(2, np.float32)}
+    found = collect(one, params, images, 2, moments=("gradient", "attended"))
+    made = [
+        contraction.contract(
+            params,
+            one,
+            found,
+            criterion=contraction.balanced_criterion(Balanced(keys=keys)),
+        )
+        for keys in ("attended", "image")
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *made)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import os
 import pathlib
 
 import family_files
+import flax
 import jax
 import ml_dtypes
 import numpy as np
@@ -97,6 +98,8 @@ def test_writing_timm_and_reading_it_is_the_identity_both_ways(weights, tmp_path
     conversion.write_timm(copy, source.params, source.spec)
     assert same(load_file(copy), original)
     assert same(read_timm(copy, spec).params, source.params)
+    frozen = conversion.to_timm(flax.core.freeze(source.params), source.spec)
+    assert same(frozen, original)
 
 
 def test_a_clip_style_file_without_patch_bias_comes_back_without_it(weights):

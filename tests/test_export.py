@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.core import freeze
 from flax.training import checkpoints
 from flax.traverse_util import unflatten_dict
 
@@ -355,6 +356,18 @@ def test_a_target_that_exists_is_kept_unless_it_may_be_replaced(ragged, tmp_path
     (tmp_path / "out" / "mine.txt").write_text("kept")
     with pytest.raises(ValueError, match="only a directory of"):
         write(tmp_path / "out", ragged[0], overwrite=True)
+
+
+@pytest.mark.parametrize("name", [n for n in writers.FORMATS if n != "onnx"])
+def test_a_frozen_dict_of_params_is_written_like_a_dict(ragged, tmp_path, name):
+    form = writers.FORMATS[name]
+    given = {k: OPTIONS[k] for k in form.options}
+    frozen = ragged[0]._replace(params=freeze(ragged[0].params))
+    for folder, small in (("of_dict", ragged[0]), ("frozen", frozen)):
+        form.write(tmp_path / folder, small, **given)
+    for file in form.files:
+        content = [(tmp_path / f / file).read_bytes() for f in ("of_dict", "frozen")]
+        assert content[0] == content[1]
 
 
 class FakeONNX:

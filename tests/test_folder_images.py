@@ -127,3 +127,20 @@ def test_a_folder_of_anything_else_in_a_class_folder_does_no_harm(tmp_path):
         (tmp_path / name).write_bytes(encoded(7))
     (tmp_path / "a/boxes/x.txt").write_text("1 2 3 4")
     assert contents(open_source(f"folder:{tmp_path}")) == [(7, 0, "a/x.png")]
+
+
+def test_an_image_behind_a_link_to_a_folder_is_named_too(tmp_path):
+    for folder in ("root/a", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.png").write_bytes(encoded(1))
+    (tmp_path / "root/a/more").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="a/more/x.png lies deeper than CLASS/NAME"):
+        open_source(f"folder:{tmp_path}/root")
+
+
+def test_a_link_to_its_own_folder_is_no_endless_walk(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "a/x.png").write_bytes(encoded(1))
+    (tmp_path / "b/again").symlink_to(tmp_path / "b")
+    assert len(open_source(f"folder:{tmp_path}", num_classes=2)) == 1

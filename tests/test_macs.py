@@ -92,6 +92,8 @@ def test_counts_are_exact_beyond_int32():
 def test_an_unknown_convention_lists_the_known_ones():
     with pytest.raises(ValueError, match="choose one of \\('full', 'paper'\\)"):
         macs.macs(ViTSpec.named("Ti/16"), convention="theirs")
+    with pytest.raises(ValueError, match="give it by name, convention='paper'"):
+        macs.macs(ViTSpec.named("Ti/16"), "paper")
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,16 @@ def test_an_npz_of_encoded_images_is_read_by_split(tmp_path):
     assert source.num_classes == 2
 
 
+def test_fewer_classes_than_the_networks_are_told_and_not_refused(tmp_path, caplog):
+    path = encoded_npz(tmp_path / "a.npz")
+    assert open_source(path, num_classes=2).num_classes == 2 and not caplog.text
+    assert open_source(path, num_classes=5).num_classes == 5
+    assert "states 2 classes and the network has 5: label i is read" in caplog.text
+    caplog.clear()
+    assert open_source("digits:test", num_classes=12).num_classes == 12
+    assert "digits:test states 10 classes and the network has 12" in caplog.text
+
+
 def test_positions_count_from_either_end_and_no_further(tmp_path):
     source = open_source(encoded_npz(tmp_path / "a.npz"))
     assert value(source[-1]) == 30

@@ -1,5 +1,6 @@
 """What `help` says of the public names is complete, and true of their signatures."""
 
+import importlib.resources
 import inspect
 import re
 
@@ -56,3 +57,24 @@ def test_a_family_documents_what_it_takes():
     made = flax_skd.SubnetFamily.__init__
     parameters = list(inspect.signature(made).parameters)[1:]
     assert names(section(inspect.getdoc(made), "Args")) == parameters
+
+
+def methods(name):
+    """Of a public class, those that are its own."""
+    members = inspect.getmembers(getattr(flax_skd, name), inspect.isroutine)
+    ours = [(n, m) for n, m in members if not n.startswith("_")]
+    return [m for _, m in ours if "flax_skd" in (getattr(m, "__module__", "") or "")]
+
+
+@pytest.mark.parametrize("name", flax_skd.__all__)
+def test_type_checkers_see_the_types_of_every_public_call(name):
+    assert importlib.resources.files("flax_skd").joinpath("py.typed").is_file()
+    thing = getattr(flax_skd, name)
+    for call in [thing] if name in FUNCTIONS else methods(name):
+        signature = inspect.signature(call)
+        untyped = [
+            p.name
+            for p in signature.parameters.values()
+            if p.annotation is p.empty and p.name != "self"
+        ]
+        assert not untyped and signature.return_annotation is not signature.empty

@@ -44,6 +44,23 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(spec, params, batch, s
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5 * largest)
 
 
+def test_inside_a_users_shard_map_gradients_are_those_of_one_device(
+    spec, params, batch
+):
+    images, mesh = batch["image"][:8], sharding.mesh({"data": 8})
+
+    def gradients(params, images):
+        total = jax.grad(lambda p: ViT(spec).apply({"params": p}, images).sum())
+        return total(params)
+
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+    apart = jax.shard_map(gradients, mesh=mesh, in_specs=(whole, rows), out_specs=whole)
+    want, got = jax.jit(gradients)(params, images), jax.jit(apart)(params, images)
+    largest = max(np.abs(w).max() for w in jax.tree.leaves(want))
+    for w, g in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5 * largest)
+
+
 def after_five_steps(spec, params, batch, optimizer, mesh):
     state = train.initial_state(params, optimizer, jax.random.key(3))
     loss = objective.classification_loss(ViT(spec), drop_path=0.3)

@@ -45,8 +45,8 @@ def test_labels_belong_to_tars_only():
 
 
 def test_a_forgotten_prefix_is_told_before_labels_are(tmp_path):
-    for text in ("images.tar", str(tmp_path / "images.tar")):
-        with pytest.raises(ValueError, match="(?s)no source '.*images.tar'.* tar:PATH"):
+    for text in ("images.tar", str(tmp_path / "images.tar"), tmp_path / "images.tar"):
+        with pytest.raises(ValueError, match="(?s)no source .*images.tar'.* tar:PATH"):
             open_source(text, labels="sorted")
 
 

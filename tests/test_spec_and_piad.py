@@ -90,7 +90,14 @@ def test_an_unknown_variant_lists_the_sizes():
         (((4,) * 3, (4,) * 3, (4, 41, 4)), "mlp_dim = 41 in block 1: must be 0 to 40"),
         (((4, 4, 0), (4,) * 3, (4,) * 3), "block 2: qk_dim = 0, vo_dim = 4"),
         (((4,) * 3, (4,) * 3, (4, 0.5, 4)), "mlp_dim = 0.5 must be a whole number"),
-        ((4, 4, 4), "qk_dim = 4: give one width for every block, or SubnetSpec.uni"),
+        (
+            (4, 4, 4),
+            "qk_dim = 4: give one width for every block, or use SubnetSpec.uni",
+        ),
+        (
+            dict.fromkeys(SubnetSpec._fields, (4,) * 3),
+            r"of a dict, SubnetSpec\(\*\*widt",
+        ),
     ],
 )
 def test_widths_that_do_not_fit_name_the_block(spec, widths, match):

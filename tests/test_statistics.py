@@ -213,6 +213,13 @@ def test_names_and_arrays_that_are_not_there_are_named(spec, params, batch):
         statistics.collect(ViT(spec), params, [{"image": 0, "label": 0}])
 
 
+def test_a_label_or_weight_for_all_images_at_once_is_refused(spec, params, batch):
+    # Broadcast in silence, one weight would count one image and move every mean.
+    for name, x in (("weight", np.ones(1)), ("label", 0), ("label", np.ones((12, 1)))):
+        with pytest.raises(ValueError, match=rf"'{name}': .* label \[B\] and weight"):
+            statistics.collect(ViT(spec), params, [{**batch, name: x}])
+
+
 def test_no_batches_is_an_error(spec, params):
     with pytest.raises(ValueError, match="no calibration images"):
         statistics.collect(ViT(spec), params, [], cost=costs.correct_logit)

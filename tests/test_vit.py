@@ -288,6 +288,8 @@ def test_extracting_more_than_there_is_names_the_block(spec, params):
     small = subnet.extract(params, WIDTHS["ragged"])
     with pytest.raises(ValueError, match="qk_dim = 12 in block 0, .* hold 5"):
         subnet.extract(small, SubnetSpec.full(spec))
+    with pytest.raises(ValueError, match=r"give variables\['params'\]"):
+        subnet.extract({"params": params}, SubnetSpec.full(spec))
 
 
 def test_each_example_may_have_its_own_subnetwork(spec, params, batch):
@@ -349,3 +351,21 @@ def test_integers_that_are_no_pixels_are_refused(spec, params, batch):
     images = np.zeros(batch["image"].shape, np.int32)
     with pytest.raises(ValueError, match="images are int32: give pixels as uint8"):
         ViT(spec).apply({"params": params}, images)
+
+
+def test_fresh_parameters_are_float32_where_jax_computes_in_float64(spec, batch):
+    there = spec.replace(layer_scale=True, registers=2, distilled=True)
+    jax.config.update("jax_enable_x64", True)
+    try:
+        params = vit.init(there, jax.random.key(0))
+        program = jax.make_jaxpr(ViT(there).apply)({"params": params}, batch["image"])
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert {x.dtype.name for x in jax.tree.leaves(params)} == {"float32"}
+    assert "f64[" not in str(program)
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, "int32"])
+def test_a_computation_in_integers_is_refused(spec, params, batch, dtype):
+    with pytest.raises(ValueError, match="that of the computation, float32 or bfloat"):
+        ViT(spec, dtype=dtype).apply({"params": params}, batch["image"])

@@ -38,7 +38,7 @@ class EvalBatches:
     source: Source
     spec: ViTSpec
     batch_size: int
-    indices: Sequence[int]
+    indices: Sequence[int] | np.ndarray
     bad: BadImages
     rows: tuple[int, int] | None = None
 
@@ -121,7 +121,7 @@ def eval_batches(
     *,
     batch_size: int,
     on_bad_image: str = "error",
-    indices: Sequence[int] | None = None,
+    indices: Sequence[int] | np.ndarray | None = None,
 ) -> EvalBatches:
     """Every image once, in order, preprocessed as for evaluation.
 
@@ -149,7 +149,7 @@ def eval_batches(
     return EvalBatches(source, spec, batch_size, indices, BadImages(on_bad_image))
 
 
-def _positions(indices: Sequence[int], source: Source) -> np.ndarray:
+def _positions(indices: Sequence[int] | np.ndarray, source: Source) -> np.ndarray:
     """Indices as integers [n]; a mask would read the images 0 and 1 over and over."""
     found = np.asarray(indices)
     if found.size and (found.dtype.kind not in "iu" or found.ndim != 1):

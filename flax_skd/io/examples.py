@@ -1,6 +1,7 @@
 """What an image source hands out, and the checks every source shares."""
 
 import io
+import logging
 import operator
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +11,7 @@ import numpy as np
 
 from flax_skd.io.extras import require
 
+_LOG = logging.getLogger(__name__)
 # A closed list: some of PIL's other formats start programs (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -88,6 +90,26 @@ def check_classes(
         f"order: take away what is no class; for a class without images {missing}; or "
         f"give the right num_classes."
     )
+
+
+def classes_of(own: int | None, *, source: str, num_classes: int | None) -> int | None:
+    """How many classes the labels of a source are of that numbers them itself.
+
+    Fewer of its own are a part of the network's, or others of which nothing in the
+    labels tells: a warning says so.
+
+    Args:
+      own: as the source states it, None if it does not.
+      source: name of the source, for the warning.
+      num_classes: of the network; None if any number serves.
+    """
+    if None not in (own, num_classes) and own < num_classes:
+        _LOG.warning(
+            "%s states %d classes and the network has %d: label i is read as the "
+            "network's class i, which is wrong unless the classes are its first %d.",
+            *(source, own, num_classes, own),
+        )
+    return num_classes or own
 
 
 def check_file(path: str, source: str) -> None:

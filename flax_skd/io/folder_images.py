@@ -79,7 +79,7 @@ def open_folder(path: str, *, num_classes: int | None = None) -> EncodedSource:
 def _images(folder: pathlib.Path, source: str) -> list[str]:
     """Names of the images of one class, in order."""
     found = []
-    for here, below, files in os.walk(folder, onerror=_raise):
+    for here, below, files in os.walk(folder, onerror=_raise, followlinks=True):
         below[:] = filter(is_class, below)
         images = [
             file

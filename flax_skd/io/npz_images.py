@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 
 from flax_skd.io import npy_members
-from flax_skd.io.examples import ArraySource, EncodedSource, check_file
+from flax_skd.io.examples import ArraySource, EncodedSource, check_file, classes_of
 
 _MOST_INFLATION = 100  # times the size of the file; more is a decompression bomb
 _SLACK = 2**24  # bytes: a small file of zeros may inflate more
@@ -40,9 +40,8 @@ def open_npz(
     if split is not None:
         wanted = tuple(f"{split}_{part}" for part in ("bytes", "offsets", "labels"))
     arrays = _read_npz(path, wanted, ("classes",))
-    known = num_classes
-    if known is None and "classes" in arrays:
-        known = len(np.atleast_1d(arrays["classes"]))
+    own = len(np.atleast_1d(arrays["classes"])) if "classes" in arrays else None
+    known = classes_of(own, source=name, num_classes=num_classes)
     first, labels = arrays[wanted[0]], arrays[wanted[-1]]
     if split is None:
         return ArraySource(first, labels, num_classes=known, name=name)

@@ -13,6 +13,7 @@ from flax_skd.io.examples import (
     Example,
     Source,
     check_labels,
+    classes_of,
     decode,
 )
 from flax_skd.io.extras import require
@@ -58,7 +59,7 @@ def open_source(
         it and says what would.
       ImportError: if the package is not installed that reads such a source.
     """
-    kind, _, rest = description.partition(":")
+    kind, _, rest = str(description).partition(":")  # a path too is told the forms
     if labels is not None and kind != "tar" and kind in _KINDS:
         raise ValueError(
             f"labels = {labels!r} goes with tar:PATH; {description!r} has its own."
@@ -171,8 +172,9 @@ def _digits(split: str, name: str, num_classes: int | None) -> ArraySource:
         members = rng.permutation(np.flatnonzero(data.target == label))
         held_out[members[: round(len(members) / 4)]] = True
     chosen = {"": held_out | True, "train": ~held_out, "test": held_out}[split]
+    count = classes_of(10, source=name, num_classes=num_classes)
     return ArraySource(
-        images[chosen], data.target[chosen], num_classes=num_classes or 10, name=name
+        images[chosen], data.target[chosen], num_classes=count, name=name
     )
 
 
@@ -186,7 +188,8 @@ class _TfdsSource:
         self.name = f"tfds:{dataset}:{split}"
         self._records, self._keys = _tfds_records(dataset, split, self.name)
         label = self._records.dataset_info.features[self._keys[1]]
-        self.num_classes = num_classes or getattr(label, "num_classes", None)
+        own = getattr(label, "num_classes", None)
+        self.num_classes = classes_of(own, source=self.name, num_classes=num_classes)
 
     def __len__(self) -> int:
         return len(self._records)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from flax_skd.io.key_tables import SHAPES, TABLES, Flat, Rule
 from flax_skd.io.weight_files import ConversionError
@@ -161,7 +162,7 @@ def unnest(params: dict[str, Any], spec: ViTSpec) -> Flat:
     Raises:
       ConversionError: if params are not those of `spec`, with every path.
     """
-    given = dict(_leaves(params, ""))
+    given = flatten_dict(params, sep="/")
     paths = layout(spec)
     raise_listed(
         [path for path in paths if path not in given],
@@ -178,11 +179,3 @@ def unnest(params: dict[str, Any], spec: ViTSpec) -> Flat:
         shape = [math.prod(_shape(letter, spec)) for letter in axes]
         flat[path] = value.reshape(shape)
     return flat
-
-
-def _leaves(node: dict[str, Any], at: str) -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{at}{name}/")
-        else:
-            yield f"{at}{name}", value

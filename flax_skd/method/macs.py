@@ -96,6 +96,10 @@ def macs(
 
 
 def _known(spec: ViTSpec, widths: SubnetSpec | None) -> SubnetSpec:
+    if isinstance(widths, str) and widths in CONVENTIONS:
+        raise ValueError(
+            f"widths = {widths!r}: give it by name, convention={widths!r}."
+        )
     return SubnetSpec.full(spec) if widths is None else SubnetSpec(*widths).check(spec)
 
 

@@ -4,24 +4,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_skd.method.feature_sums import SITES
 
 
 def arrays_of(batch: dict[str, Any]) -> dict[str, Any]:
-    """What a pass reads of a batch; ValueError if it is none or an array is missing."""
+    """What a pass reads of a batch; ValueError if it is none, lacks or misshapes any."""
     if not hasattr(batch, "keys"):  # of a loop over a source, or over one batch
         raise ValueError(
             f"batches hold a {type(batch).__name__}, not dicts of arrays: give a list "
             "of batches, or of a source eval_batches(source, spec, batch_size=50)."
         )
-    missing = [k for k in ("image", "label", "weight") if k not in batch]
-    if missing:
-        raise ValueError(
-            f"a batch has no {', '.join(missing)}: it needs image [B, S, S, C], label "
-            "[B] and weight [B], 1 for an image and 0 for padding."
-        )
-    return {k: batch[k] for k in ("image", "label", "weight")}
+    names = ("image", "label", "weight")
+    wrong = ", ".join(k for k in names if k not in batch)
+    if not wrong:
+        shapes = {k: np.shape(batch[k]) for k in names}
+        if shapes["label"] == shapes["weight"] == shapes["image"][:1]:
+            return {k: batch[k] for k in names}
+        wrong = f"arrays of the right shapes, but {shapes}"  # one would serve all
+    raise ValueError(
+        f"a batch has no {wrong}: it needs image [B, S, S, C], label [B] and weight "
+        "[B], 1 for an image and 0 for padding."
+    )
 
 
 def check_every(every: int, images: int, devices: int) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -183,16 +183,13 @@ class ViTSpec:
     @classmethod
     def named(
         cls, name: str, *, image_size: int = 224, num_classes: int = 1000
-    ) -> "ViTSpec":
-        """A published size, such as `Ti/16`, `B/32` or `H/14`.
+    ) -> Self:
+        """A plain ViT of a published size: `Ti/16`, `B/32`, `H/14`; no extras.
 
         Args:
           name: one of Ti, S, B, L, H, a slash, and the patch size in pixels.
           image_size: pixels.
           num_classes: of the head; 0 for a backbone without one.
-
-        Returns:
-          The plain ViT of that size, class token, biases, no extras.
 
         Raises:
           ValueError: if the name is not known; the message lists what is.
@@ -249,7 +246,7 @@ class SubnetSpec(NamedTuple):
     mlp_dim: Any
 
     @classmethod
-    def uniform(cls, spec: ViTSpec, qk_dim: int, vo_dim: int, mlp_dim: int):
+    def uniform(cls, spec: ViTSpec, qk_dim: int, vo_dim: int, mlp_dim: int) -> Self:
         """The same widths in every block."""
         return cls(*((w,) * spec.depth for w in (qk_dim, vo_dim, mlp_dim))).check(spec)
 
@@ -259,12 +256,13 @@ class SubnetSpec(NamedTuple):
         return cls.uniform(spec, spec.head_dim, spec.head_dim, spec.mlp_dim)
 
     def of_blocks(self) -> "SubnetSpec":
-        """Returns these; ValueError for one number that is meant for all blocks."""
+        """Returns these; ValueError for a number meant for all blocks, or a name."""
         for name, field in zip(self._fields, self):
-            if not hasattr(field, "__len__") or getattr(field, "shape", None) == ():
+            some = getattr(field, "shape", hasattr(field, "__len__"))
+            if isinstance(field, str) or not some:
                 raise ValueError(
-                    f"{name} = {field!r}: give one width for every block, or "
-                    "SubnetSpec.uniform, which makes blocks alike."
+                    f"{name} = {field!r}: give one width for every block, or use "
+                    "SubnetSpec.uniform; of a dict, SubnetSpec(**widths)."
                 )
         return self
 

@@ -212,9 +212,9 @@ def collect(
       `weightings` and `moments` (`contraction.CRITERIA`).
 
     Raises:
-      ValueError: if there is no batch or one is no dict or lacks an array, a name is
-        unknown, the cost is no function, a sum is not finite (the block is named), or
-        `hidden_every` does not divide.
+      ValueError: if there is no batch or one is no dict, lacks an array or has one of
+        another shape, a name is unknown, the cost is no function, a sum is not finite
+        (the block is named), or `hidden_every` does not divide.
     """
     _check_names(weightings, moments)
     _check_cost(cost)

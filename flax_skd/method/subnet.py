@@ -124,6 +124,8 @@ def extract(params: Params, widths: SubnetSpec) -> Params:
         the widths are none: negative, no whole numbers, or attention without queries or
         without values; the message names the block.
     """
+    if "params" in params:
+        raise ValueError("params are inside a collection: give variables['params'].")
     out = {k: v for k, v in params.items() if not k.startswith("block_")}
     widths = SubnetSpec(*widths).static()
     lengths = dict(zip(widths._fields, map(len, widths)))

@@ -14,6 +14,7 @@ from flax_skd.method.layers import (
     LayerNorm,
     Linear,
     gelu,
+    parameter,
     repeated,
     times,
     together,
@@ -70,9 +71,8 @@ class Block(nn.Module):
             norm = LayerNorm(self.spec.norm_eps, name=f"norm{number}")
             y = branch(norm(x), masks, tap)
             if self.spec.layer_scale:
-                scale = self.param(
-                    f"layer_scale{number}", nn.initializers.ones, (self.spec.width,)
-                )
+                size, ones = (self.spec.width,), nn.initializers.ones
+                scale = parameter(self, f"layer_scale{number}", ones, size)
                 y = times(y, scale)
             y = tap("attn_out" if number == 1 else "mlp_out", y)
             x = x + (y if gate is None else times(y, gate[..., None]))
@@ -216,7 +216,7 @@ class ViT(nn.Module):
         x = embed(patches)
         prefix = self._prefix(x.shape[0])
         count = spec.num_tokens if spec.pos_embed_prefix else g * g
-        position = self.param("pos_embed", _embed_init, (count, spec.width))
+        position = parameter(self, "pos_embed", _embed_init, (count, spec.width))
         position = repeated(position.astype(self.dtype), x.shape[0])
         if not spec.pos_embed_prefix:
             x = x + position
@@ -230,7 +230,7 @@ class ViT(nn.Module):
     def _prefix(self, batch: int) -> list[Array]:
         spec = self.spec
         tokens = [
-            self.param(name, _embed_init, shape).reshape(1, -1, spec.width)
+            parameter(self, name, _embed_init, shape).reshape(1, -1, spec.width)
             for name, shape, there in (
                 ("class_token", (spec.width,), spec.class_token),
                 ("dist_token", (spec.width,), spec.distilled),

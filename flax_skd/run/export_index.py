@@ -124,5 +124,6 @@ def left_to_do(todo: list[str]) -> str:
         "jax2onnx is not installed here, and its pins clash with a new "
         "orbax-checkpoint. These commands make an environment for it and write the "
         f"ONNX files; `sh {SCRIPT}`, beside the index, runs them, and once more what an "
-        "interruption left undone:\n\n```\n" + "\n".join(todo) + "\n```"
+        "interruption left undone. This index has no rows of them, the cards do "
+        "then:\n\n```\n" + "\n".join(todo) + "\n```"
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.core import unfreeze
 
 from flax_skd.io.checkpoint import SubNet
 from flax_skd.method.spec import SubnetSpec, ViTSpec
@@ -25,8 +26,8 @@ def check_kept(widths: SubnetSpec) -> None:
 
 
 def in_float32(params: Params) -> Params:
-    """The tree as float32 NumPy arrays, each its own memory."""
-    return jax.tree.map(lambda x: np.array(x, np.float32), params)
+    """The tree as plain dicts of float32 NumPy arrays, each its own memory."""
+    return jax.tree.map(lambda x: np.array(x, np.float32), unfreeze(params))
 
 
 def equal_heads(widths: SubnetSpec) -> SubnetSpec:
