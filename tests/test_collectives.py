@@ -8,9 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from collectives import axes, collectives, total
+from conftest import random_repairs
 
-from flax_skd.method import layers, partial_sums, statistics, vit
-from flax_skd.method.spec import ViTSpec
+from flax_skd.method import (
+    compensation,
+    layers,
+    partial_sums,
+    statistics,
+    subnet,
+    vit,
+)
+from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
 from flax_skd.run import distillation, mixing, objective, sharding, train, updates
 
@@ -110,6 +118,43 @@ def test_data_parallelism_sums_every_gradient_once_and_sends_nothing_else():
     assert {c.kind for c in found} == {"all-reduce"}
     assert found == over(found, mesh, "data")
     assert total(found, "all-reduce") == size() + SCALARS
+
+
+@pytest.mark.parametrize(
+    "shape", [{"data": 8}, {"data": 5}, {"data": 2, "fsdp": 2, "model": 2}]
+)
+def test_every_device_repairs_its_columns_of_a_cut_and_gathers_the_others(shape):
+    mesh = sharding.mesh(shape, devices=jax.devices()[: math.prod(shape.values())])
+    repairs, params = random_repairs(SPEC), vit.init(SPEC, jax.random.key(0))
+    widths = subnet.as_data(SubnetSpec(*([7, 12], [7, 12], [30, 40])))
+
+    def cut(params, widths):
+        return compensation.repaired(params, SPEC, repairs, widths)
+
+    def back(made):
+        return lambda p, w, g: jax.vjp(lambda p: made(p, w), p)[1](g)[0]
+
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shared = updates._on(mesh, cut)
+    for alone, mine, inputs in (
+        (cut, shared, (params, widths)),
+        (back(cut), back(shared), (params, widths, params)),
+    ):
+        whole = jax.jit(alone).lower(*inputs).compile()
+        part = jax.jit(mine, in_shardings=place, out_shardings=place)
+        part = part.lower(*inputs).compile()
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+            *(jax.device_get(f(*inputs)) for f in (part, whole)),
+        )
+        if mesh.size == 8:
+            work = [f.cost_analysis()["flops"] for f in (part, whole)]
+            assert work[0] < work[1] / 5  # an eighth, and the means, which are not shared
+        found = collectives(part.as_text(), mesh.size)
+        assert {c.kind for c in found} == {"all-gather"}
+        columns = mesh.size * -(-SPEC.width // mesh.size)
+        rows = 2 * (SPEC.num_heads * SPEC.head_dim + SPEC.mlp_dim + 2)
+        assert total(found, "all-gather") <= 4 * rows * columns
 
 
 def test_mixing_sends_images_and_labels_to_the_mirror_device_and_nothing_more():

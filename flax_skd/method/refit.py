@@ -1,10 +1,12 @@
 """Rows of a cut linear map, re-fitted by least squares: traced or on the host."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, PartitionSpec
 
 Array = jax.Array
 Repair = tuple[Any, Any]  # of `compensation`: mean [n], factor [n, n] or None
@@ -15,12 +17,36 @@ def traced(repair: Repair, kernel: Array, bias: Array, width: Array):
 
     W(m) = mask W + Lc^-T (mask * (Lc^T ((1 - mask) W))); b(m) = b + mean (W - W(m)).
 
+    Columns do not know of each other: on the mesh of the context (`jax.set_mesh`),
+    if its axes are automatic, each device re-fits its share of them.
+
     Args:
       repair: mean [n] and factor Lc [n, n], constants to the gradient.
       kernel: W [n, D], rows in the order of cutting.
       bias: [D].
       width: int32 [].
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape.values())
+    automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
+    if repair[1] is None or parts == 1 or not automatic:
+        return _traced(repair, kernel, bias, width)
+    every, columns = PartitionSpec(), PartitionSpec(None, mesh.axis_names)
+    spread = jax.shard_map(
+        _traced,
+        in_specs=(every, columns, PartitionSpec(mesh.axis_names), every),
+        out_specs=(columns, PartitionSpec(mesh.axis_names)),
+    )
+    kernel, bias = jax.lax.with_sharding_constraint((kernel, bias), every)
+    more = -len(bias) % parts
+    new = spread(
+        repair, jnp.pad(kernel, ((0, 0), (0, more))), jnp.pad(bias, (0, more)), width
+    )
+    new, bias = jax.lax.with_sharding_constraint(new, every)
+    return new[:, : kernel.shape[1]], bias[: kernel.shape[1]]
+
+
+def _traced(repair: Repair, kernel: Array, bias: Array, width: Array):
     mean, factor = jax.lax.stop_gradient(repair)
     kept = (jnp.arange(len(kernel)) < width).astype(jnp.float32)[:, None]
     new = kept * kernel

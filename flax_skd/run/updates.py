@@ -181,7 +181,7 @@ def compiled(
         "ema_decay": ema_decay,
         "after_update": after_update,
     }
-    given, back = _there_and_back(before_loss, place)
+    given, back = _there_and_back(before_loss and _on(mesh, before_loss), place)
     update = jax.jit(
         functools.partial(apply, **rule),
         in_shardings=(place, batches, whole, place.params),
@@ -191,7 +191,7 @@ def compiled(
 
     @functools.cache
     def step_of(loss):
-        loss = _of_whole(loss, place)
+        loss = _on(mesh, _of_whole(loss, place))
         if not several:
             return jax.jit(
                 functools.partial(train_step, loss=loss, accumulate=accumulate, **rule),
@@ -213,6 +213,17 @@ def compiled(
         return step
 
     return step_of
+
+
+def _on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is traced where it sees the mesh it will run on."""
+
+    @functools.wraps(function)
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
 
 
 def _of_whole(loss: Loss, place: TrainState) -> Loss:
