@@ -149,7 +149,9 @@ def test_every_device_repairs_its_columns_of_a_cut_and_gathers_the_others(shape)
         )
         if mesh.size == 8:
             work = [f.cost_analysis()["flops"] for f in (part, whole)]
-            assert work[0] < work[1] / 5  # an eighth, and the means, which are not shared
+            assert (
+                work[0] < work[1] / 5
+            )  # an eighth, and the means, which are not shared
         found = collectives(part.as_text(), mesh.size)
         assert {c.kind for c in found} == {"all-gather"}
         columns = mesh.size * -(-SPEC.width // mesh.size)
