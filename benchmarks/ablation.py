@@ -17,7 +17,7 @@ import pathlib
 import statistics
 
 from flax_skd.io import checkpoint, data, sources
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import macs, piad
 from flax_skd.method.vit import ViT
 from flax_skd.run import (
@@ -79,7 +79,7 @@ class Bench:
             contracting.contract(config, workdir=str(target), overwrite=True)
         return target
 
-    def supernet(self, variant: str) -> SuperNet:
+    def supernet(self, variant: str) -> Supernet:
         """What a variant of the ablation trained."""
         name, start = variant, self.contracted()
         if variant == "piad_without_wpac":
@@ -88,7 +88,7 @@ class Bench:
             name, start = "piad", self.contracted("balanced")
         return checkpoint.load_supernet(self.trained(variant, name, str(start)))
 
-    def scores(self, network: SuperNet, levels: piad.DropoutList) -> Scores:
+    def scores(self, network: Supernet, levels: piad.DropoutList) -> Scores:
         """Top-1 at the budgets, cut by a list."""
         cuts = sweeping.cuts_of(
             network._replace(dropout_list=levels), "budgets", ",".join(BUDGETS)

@@ -24,7 +24,7 @@ import rival_forms
 from harness import Harness
 from variants import OURS, PARTS, WPAC, Cuts, Row, corp_of, of_recipe
 
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import costs, second_moments
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.run import recalibrating
@@ -93,7 +93,7 @@ def whole(harness: Harness, cuts: list[str]) -> Iterator[Row]:
             yield "whole network", share, name, scored
 
 
-def _whole(harness: Harness, name: str, make: Callable[[], SuperNet], share: float):
+def _whole(harness: Harness, name: str, make: Callable[[], Supernet], share: float):
     network = make()
     widths = harness.within(network, share)
     if name.startswith("corp"):
@@ -103,7 +103,7 @@ def _whole(harness: Harness, name: str, make: Callable[[], SuperNet], share: flo
     return harness.scores(network, widths)
 
 
-def _recalibrated(harness: Harness, network: SuperNet, widths: SubnetSpec) -> SuperNet:
+def _recalibrated(harness: Harness, network: Supernet, widths: SubnetSpec) -> Supernet:
     """Fitted to four fifths of the calibration images, chosen by the rest."""
     batches = list(harness.batches(harness.recalibration_images))
     end = len(batches) * 4 // 5

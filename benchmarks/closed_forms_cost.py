@@ -28,7 +28,7 @@ def measure(row: str, variant: str, depth: int, images: int, batch_size: int) ->
     import jax.numpy as jnp
     import numpy as np
 
-    from flax_skd.io.checkpoint import SuperNet
+    from flax_skd.io.checkpoint import Supernet
     from flax_skd.method import (
         compensation,
         contraction,
@@ -98,7 +98,7 @@ def measure(row: str, variant: str, depth: int, images: int, batch_size: int) ->
             "statistics", lambda: statistics.collect(model, params, batches, **options)
         )
         levels = piad.uniform(spec)
-        network = SuperNet(params, spec, levels, {})
+        network = Supernet(params, spec, levels, {})
         stats = jax.device_get(stats)
         turned = timed(
             "contraction", lambda: recipes.contracted(network, stats, recipe)

@@ -157,7 +157,7 @@ def measure(work: pathlib.Path, places: int) -> dict[str, Any]:
     (step / whole_steps.FILE).unlink()
     found["its arrays, by orbax alone"] = tried(step / "state", by_orbax(step), places)
     params = vit.init(SPEC, jax.random.key(0))
-    network = checkpoint.SuperNet(params, SPEC, piad.uniform(SPEC, steps=4), {"a": 1})
+    network = checkpoint.Supernet(params, SPEC, piad.uniform(SPEC, steps=4), {"a": 1})
     checkpoint.save_supernet(work / "supernet", network)
     found["a super-network"] = tried(
         work / "supernet",
@@ -167,7 +167,7 @@ def measure(work: pathlib.Path, places: int) -> dict[str, Any]:
     widths = SubnetSpec.uniform(SPEC, 4, 4, 16)
     cut = subnet.extract(params, widths)
     checkpoint.save_subnet(
-        work / "subnet", checkpoint.SubNet(cut, SPEC, widths, {"a": 1})
+        work / "subnet", checkpoint.Subnet(cut, SPEC, widths, {"a": 1})
     )
     found["a sub-network"] = tried(
         work / "subnet",

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from flax_skd.io import checkpoint
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import compensation, piad, subnet, vit
 from flax_skd.method.compensation import Compensation, Repair
 from flax_skd.method.spec import SubnetSpec, ViTSpec
@@ -38,7 +38,7 @@ TITLES = {
 }
 
 
-def supernet(spec: ViTSpec, levels: int) -> tuple[SuperNet, list[SubnetSpec]]:
+def supernet(spec: ViTSpec, levels: int) -> tuple[Supernet, list[SubnetSpec]]:
     """A network of random weights with what repairs it, and the cuts to extract."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: vit.init(spec, jax.random.key(0)))
@@ -63,7 +63,7 @@ def supernet(spec: ViTSpec, levels: int) -> tuple[SuperNet, list[SubnetSpec]]:
         heads = tuple(int(s * spec.head_dim) for s in shares[0])
         units = tuple(int(s * spec.mlp_dim) for s in shares[1])
         cuts.append(SubnetSpec(heads, heads, units))
-    return SuperNet(params, spec, uniform, {}, repairs), cuts
+    return Supernet(params, spec, uniform, {}, repairs), cuts
 
 
 def timed(run: Callable[[], Any]) -> float:
@@ -74,7 +74,7 @@ def timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - before
 
 
-def repaired(network: SuperNet, widths: SubnetSpec) -> Any:
+def repaired(network: Supernet, widths: SubnetSpec) -> Any:
     """As the extract command does it."""
     whole = compensation.repaired(
         network.params, network.spec, network.compensation, widths

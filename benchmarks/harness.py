@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_skd.io import data, sources
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.io.differences import differences
 from flax_skd.method import compensation, macs, piad, subnet
 from flax_skd.method.piad import DropoutList
@@ -98,7 +98,7 @@ class Harness:
         self._statistics[key] = found
         return found
 
-    def contracted(self, recipe: Recipe, stats: Statistics | None = None) -> SuperNet:
+    def contracted(self, recipe: Recipe, stats: Statistics | None = None) -> Supernet:
         """The network under a recipe."""
         return recipes.contracted(
             self.network,
@@ -120,7 +120,7 @@ class Harness:
             for batch in data.eval_batches(source, spec, batch_size=50)
         ]
 
-    def scores(self, network: SuperNet, widths: SubnetSpec) -> Scores:
+    def scores(self, network: Supernet, widths: SubnetSpec) -> Scores:
         """Of one sub-network, against the full network as it was read."""
         widths = SubnetSpec(*(np.array(w, np.int32) for w in widths))
         found = []
@@ -144,8 +144,8 @@ class Harness:
         return scores
 
     def listed(
-        self, network: SuperNet, name: str, kind: str, **options: Any
-    ) -> SuperNet:
+        self, network: Supernet, name: str, kind: str, **options: Any
+    ) -> Supernet:
         """The network of this name with a list measured on it, now or by an earlier run."""
         config = self.config.copy_and_resolve_references()
         config.list.kind = kind
@@ -159,7 +159,7 @@ class Harness:
         np.savez(path, **levels._asdict())
         return network._replace(dropout_list=levels)
 
-    def within(self, network: SuperNet, share: float) -> SubnetSpec:
+    def within(self, network: Supernet, share: float) -> SubnetSpec:
         """Widths of the largest level within a share of all MACs."""
         limit = int(share * macs.macs(network.spec))
         level = piad.level_for(network.dropout_list, network.spec, limit)

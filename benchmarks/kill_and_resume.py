@@ -158,7 +158,7 @@ def measure(
 ) -> dict[str, Any]:
     """Two runs, one of them killed; what is equal."""
     full = piad.uniform(SPEC, steps=2)
-    start = checkpoint.SuperNet(vit.init(SPEC, jax.random.key(0)), SPEC, full, {})
+    start = checkpoint.Supernet(vit.init(SPEC, jax.random.key(0)), SPEC, full, {})
     checkpoint.save_supernet(work / "start", start)
     epochs = max(2, kills // 2)
     more = [

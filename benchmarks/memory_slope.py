@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from flax_skd.io import augment, data, sources
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import piad, vit
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.run import config_files, family, programs, train, training
@@ -55,7 +55,7 @@ def network(seed):
     spec = training.spec_of(config_files.load("configs/scratch.py").model)
     params = vit.init(spec, jax.random.key(seed))
     full = piad.from_rows([SubnetSpec.full(spec)], spec)
-    return SuperNet(params, spec, full, {})
+    return Supernet(params, spec, full, {})
 
 
 def trained(steps, workdir, *, compiled, workers=0):

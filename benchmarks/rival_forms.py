@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import balance, contraction, moments, piad
 from flax_skd.method.compensation import Compensation, Repair
 from flax_skd.method.spec import SubnetSpec
@@ -41,7 +41,7 @@ def _clover(block, statistics, index, rng):
 CLOVER = contraction.Criterion(_clover, "taylor2")
 
 
-def _in_order(network: SuperNet, units, heads=None) -> SuperNet:
+def _in_order(network: Supernet, units, heads=None) -> Supernet:
     """The network with permuted hidden units, and dims of q and k where given."""
     spec = network.spec
     eye = np.broadcast_to(
@@ -70,7 +70,7 @@ def _only_mlp(spec, repairs) -> Compensation:
     return Compensation((none,) * spec.depth, tuple(repairs))
 
 
-def variance_pruned(network: SuperNet, stats) -> SuperNet:
+def variance_pruned(network: Supernet, stats) -> Supernet:
     """Variance-based pruning with its list: one global rank of all hidden units."""
     spec = network.spec
     found = [_hidden_moment(stats, i) for i in range(spec.depth)]
@@ -106,7 +106,7 @@ def _active(model, params, batch):
     return [found[i] for i in range(model.spec.depth)]
 
 
-def active_share(network: SuperNet, batches) -> list[np.ndarray]:
+def active_share(network: Supernet, batches) -> list[np.ndarray]:
     """Share of tokens at which a hidden unit is positive, [M] a block."""
     model, total, images = ViT(network.spec), None, 0.0
     for batch in batches:
@@ -126,7 +126,7 @@ class Corp:
     softmax does not see.
     """
 
-    def __init__(self, network: SuperNet, stats, batches):
+    def __init__(self, network: Supernet, stats, batches):
         spec = network.spec
         tokens = float(stats.images) * spec.num_tokens
         units, repairs, heads, self._grams = [], [], [], []
@@ -169,7 +169,7 @@ class Corp:
             dropout_list=piad.from_rows(rows, spec),
         )
 
-    def at(self, widths: SubnetSpec) -> SuperNet:
+    def at(self, widths: SubnetSpec) -> Supernet:
         """The network whose kept queries and keys are corrected for this cut."""
         new = dict(self.network.params)
         for i, kept in enumerate(widths.qk_dim):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import balance
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
@@ -66,7 +66,7 @@ def alternating(left, query, key, rounds: int = ROUNDS):
 class SameImage:
     """The network for a cut of queries and keys, refitted for that cut."""
 
-    def __init__(self, network: SuperNet, batches):
+    def __init__(self, network: Supernet, batches):
         self.network, model = network, ViT(network.spec)
         parts = [
             jax.device_get(_grams(model, network.params, batch["image"]))
@@ -74,7 +74,7 @@ class SameImage:
         ]
         self._grams = [np.concatenate(side, axis=1) for side in zip(*parts)]
 
-    def at(self, widths: SubnetSpec) -> SuperNet:
+    def at(self, widths: SubnetSpec) -> Supernet:
         """Kernels whose first dims are the pair of this cut, zeros beyond."""
         new, told = dict(self.network.params), []
         for i, kept in enumerate(widths.qk_dim):

@@ -7,7 +7,7 @@ import rival_forms
 import same_image
 from harness import Harness, Scores
 
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method.balance import Balanced
 from flax_skd.method.contraction import CRITERIA, balanced_criterion
 from flax_skd.method.spec import SubnetSpec
@@ -21,7 +21,7 @@ OURS = Recipe(BALANCED, "greedy", "least_squares")
 # Cut, share, variant, and what measures it.
 Row = tuple[str, float, str, Callable[[], Scores]]
 # Of a harness and a cut: share -> the network and what it keeps.
-Cuts = Callable[[float], tuple[SuperNet, SubnetSpec]]
+Cuts = Callable[[float], tuple[Supernet, SubnetSpec]]
 Variant = Recipe | Callable[[Harness, str], Cuts]
 
 

@@ -1,8 +1,8 @@
 """SKD super-networks: one pre-trained Vision Transformer, every size, in JAX/Flax."""
 
 from flax_skd.io.checkpoint import (
-    SubNet,
-    SuperNet,
+    Subnet,
+    Supernet,
     load_subnet,
     load_supernet,
     save_subnet,
@@ -25,10 +25,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Compensation",
     "DropoutList",
-    "SubNet",
+    "Subnet",
     "SubnetFamily",
     "SubnetSpec",
-    "SuperNet",
+    "Supernet",
     "ViT",
     "ViTSpec",
     "collect",

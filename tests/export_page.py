@@ -7,7 +7,7 @@ import re
 import jax
 import numpy as np
 
-from flax_skd.io.checkpoint import SubNet
+from flax_skd.io.checkpoint import Subnet
 from flax_skd.method import subnet, vit
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
@@ -73,7 +73,7 @@ def small_network(spec=TINY, widths=RAGGED, seed=0):
     params = jax.tree.map(
         lambda x: rng.normal(0.1, 0.4, x.shape).astype(np.float32), shapes
     )
-    small = SubNet(subnet.extract(params, widths), spec, widths, {"level": 3})
+    small = Subnet(subnet.extract(params, widths), spec, widths, {"level": 3})
     return small, params
 
 

@@ -295,14 +295,14 @@ def _subnets(work, params) -> list[Files]:
     spec = family_files.PLAIN
     widths = SubnetSpec((4, 0), (3, 0), (12, 5))
     cut = subnet.extract(params, widths)
-    network = checkpoint.SubNet(cut, spec, widths, {"parent": "x", "level": 3})
+    network = checkpoint.Subnet(cut, spec, widths, {"parent": "x", "level": 3})
     checkpoint.save_subnet(work / "small", network)
     return _with_and_without_sums(work / "small")
 
 
 def _supernets(work, params) -> list[Files]:
     spec = family_files.PLAIN
-    network = checkpoint.SuperNet(params, spec, piad.uniform(spec, steps=3), {})
+    network = checkpoint.Supernet(params, spec, piad.uniform(spec, steps=3), {})
     checkpoint.save_supernet(work / "super", network)
     return _with_and_without_sums(work / "super")
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import shake
 
 from flax_skd.io import checkpoint
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import piad, vit
 from flax_skd.method.spec import ViTSpec
 from flax_skd.run import main, training
@@ -49,7 +49,7 @@ def start_in(folder, spec=SPEC):
     """A super-network directory of uniform levels."""
     if not (folder / "start").is_dir():
         levels = piad.uniform(spec, steps=8)
-        network = SuperNet(params_of(spec), spec, levels, {"made": "for a test"})
+        network = Supernet(params_of(spec), spec, levels, {"made": "for a test"})
         checkpoint.save_supernet(folder / "start", network)
     return folder / "start"
 

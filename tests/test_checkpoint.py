@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from flax_skd.io import checked, checkpoint, directory, tensor_layout
-from flax_skd.io.checkpoint import SubNet, SuperNet
+from flax_skd.io.checkpoint import Subnet, Supernet
 from flax_skd.method import compensation, macs, packing, piad, subnet, vit
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.run import sharding
@@ -27,14 +27,14 @@ PROVENANCE = {"sha256": "0" * 64, "criterion": "wpac", "config": {"batch": [1, 2
 
 @pytest.fixture(scope="module")
 def supernet(spec, params):
-    return SuperNet(params, spec, piad.uniform(spec, steps=4), PROVENANCE)
+    return Supernet(params, spec, piad.uniform(spec, steps=4), PROVENANCE)
 
 
 @pytest.fixture(scope="module")
 def small(spec, params):
     widths = SubnetSpec((12, 0, 3), (10, 0, 4), (40, 7, 0))
     cut = subnet.extract(params, widths)
-    return SubNet(cut, spec, widths, {"parent": "super", "level": 3})
+    return Subnet(cut, spec, widths, {"parent": "super", "level": 3})
 
 
 @pytest.fixture

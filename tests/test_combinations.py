@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
 
 from flax_skd.io import checkpoint, conversion, tensor_layout
-from flax_skd.io.checkpoint import SubNet
+from flax_skd.io.checkpoint import Subnet
 from flax_skd.io.formats import arrays, timm
 from flax_skd.method import compensation, macs, subnet
 from flax_skd.method.compensation import repaired
@@ -39,7 +39,7 @@ def small_of(seed):
     params = subnet.extract(repaired(params, spec, repairs, widths), widths)
     images = some.images_of(spec)
     return (
-        SubNet(params, spec, widths, {}),
+        Subnet(params, spec, widths, {}),
         images,
         some.logits(params, spec, images),
     )

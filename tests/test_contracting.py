@@ -7,7 +7,7 @@ import pytest
 from pictures import encoded, write_tar
 
 from flax_skd.io import checkpoint, data, sources
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import (
     compensation,
     contraction,
@@ -46,7 +46,7 @@ def files(spec, params, tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     spec = spec.replace(crop_fraction=1.0)
     full = piad.from_rows([SubnetSpec.full(spec)], spec)
-    checkpoint.save_supernet(folder / "net", SuperNet(params, spec, full, {}))
+    checkpoint.save_supernet(folder / "net", Supernet(params, spec, full, {}))
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (48, 16, 16, 3)).astype(np.uint8)
     np.savez(folder / "images.npz", images=images, labels=np.arange(48) % 5)
@@ -212,7 +212,7 @@ def test_a_list_may_save_time_as_it_was_profiled(files):
 
 def test_measured_units_are_in_every_block_one_of_the_orders_tried(spec, params, batch):
     full = piad.from_rows([SubnetSpec.full(spec)], spec)
-    network = SuperNet(params, spec, full, {})
+    network = Supernet(params, spec, full, {})
     recipe = recipes.Recipe(contraction.CRITERIA["wpac"], compensation="mean")
     stats = statistics.collect(
         ViT(spec),

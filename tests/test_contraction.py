@@ -162,7 +162,7 @@ def test_a_head_of_zeros_is_nothing_to_order_by(spec, batch):
         {"criterion": "pca", "units": "random"},
     ):
         contraction.contract(fresh, spec, stats, **options)
-    network = checkpoint.SuperNet(fresh, spec, piad.uniform(spec), {})
+    network = checkpoint.Supernet(fresh, spec, piad.uniform(spec), {})
     recipe = recipes.Recipe(contraction.CRITERIA["random"], units="greedy")
     with pytest.raises(ValueError, match="a fresh head is all zeros"):
         recipes.contracted(network, stats, recipe)

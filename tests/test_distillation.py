@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import random_repairs
 
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import compensation, growth, losses, macs, piad, subnet, vit
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
@@ -200,7 +200,7 @@ def test_a_compensated_network_is_trained_as_it_is_extracted(
 )
 def test_a_compensation_goes_with_one_level_a_step_alone(spec, params, change):
     full = SubnetSpec.full(spec)
-    network = SuperNet(
+    network = Supernet(
         params, spec, piad.from_rows([full], spec), {}, random_repairs(spec)
     )
     config = load("configs/piad.py")

@@ -122,7 +122,7 @@ def test_a_cut_that_cannot_be_says_what_can(spec, args, match):
 
 
 def supernet(spec, params):
-    return checkpoint.SuperNet(params, spec, piad.uniform(spec, steps=4), {})
+    return checkpoint.Supernet(params, spec, piad.uniform(spec, steps=4), {})
 
 
 def test_a_sweep_lists_the_full_network_once_and_levels_on_request(spec, params):

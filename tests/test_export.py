@@ -20,7 +20,7 @@ from flax.training import checkpoints
 from flax.traverse_util import unflatten_dict
 
 from flax_skd.io import checkpoint, model_card, summed_arrays
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.io.formats import (
     arrays,
     flax_attention,
@@ -311,7 +311,7 @@ def test_timm_refuses_by_name_what_its_class_lacks(name):
 def test_timm_of_the_full_network_is_what_conversion_writes(spec, params):
     from flax_skd.io import conversion
 
-    small = checkpoint.SubNet(params, spec, SubnetSpec.full(spec), {})
+    small = checkpoint.Subnet(params, spec, SubnetSpec.full(spec), {})
     named, config = timm.convert(small)
     want = conversion.to_timm(params, spec)
     assert list(named) == list(want) and config["constructor_suffices"]
@@ -455,7 +455,7 @@ def workdir(tmp_path_factory):
     spec = export_page.TINY
     params = vit.init(spec, jax.random.key(2))
     facts = {"criterion": "wpac", "source": {"file": "tiny.npz", "sha256": "ab" * 32}}
-    made = SuperNet(params, spec, piad.uniform(spec, steps=6), facts)
+    made = Supernet(params, spec, piad.uniform(spec, steps=6), facts)
     folder = tmp_path_factory.mktemp("networks") / "super"
     checkpoint.save_supernet(folder, made)
     return folder
@@ -738,7 +738,7 @@ def test_a_card_without_facts_says_that_it_does_not_know(ragged):
 def test_an_empty_level_is_refused_by_the_command(tmp_path, capsys):
     spec = export_page.TINY
     rows = [SubnetSpec.full(spec), EMPTY]
-    made = SuperNet(
+    made = Supernet(
         vit.init(spec, jax.random.key(0)), spec, piad.from_rows(rows, spec), {}
     )
     checkpoint.save_supernet(tmp_path / "super", made)

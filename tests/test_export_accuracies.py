@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from flax_skd.io import checkpoint
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import macs, piad, vit
 from flax_skd.run import accuracies, commands, evaluate, exporting
 
@@ -21,7 +21,7 @@ def saved(folder, seed=2):
     """A super-network directory; seeds differ in weights and in nothing else."""
     params = vit.init(SPEC, jax.random.key(seed))
     levels = piad.uniform(SPEC, steps=6)
-    made = SuperNet(params, SPEC, levels, {"criterion": "wpac"})
+    made = Supernet(params, SPEC, levels, {"criterion": "wpac"})
     checkpoint.save_supernet(folder, made)
     return folder
 

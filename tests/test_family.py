@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flax_skd.io import checkpoint
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import compensation, macs, piad, subnet
 from flax_skd.method.attention import einsum_attention
 from flax_skd.method.compensation import Compensation, Repair
@@ -47,7 +47,7 @@ def supernet(spec, params, repairs):
         SubnetSpec((6, 12, 7), (6, 9, 7), (40, 23, 11)),
         SubnetSpec((6, 0, 7), (6, 0, 5), (0, 23, 11)),
     ]
-    return SuperNet(params, spec, piad.from_rows(rows, spec), {}, repairs)
+    return Supernet(params, spec, piad.from_rows(rows, spec), {}, repairs)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from scipy.optimize import nnls
 from sklearn.isotonic import isotonic_regression
 
 from flax_skd.io import checkpoint
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import allocation, latency, latency_design, piad, subnet, vit
 from flax_skd.method.latency import Latency, Predicted
 from flax_skd.method.spec import SubnetSpec
@@ -253,7 +253,7 @@ def test_a_budget_is_one_positive_number(profile, latency_ms, images_per_s):
 def test_a_prepared_super_network_has_widths_that_the_device_likes(
     profile, spec, params, levels
 ):
-    supernet = SuperNet(params, spec, levels, {})
+    supernet = Supernet(params, spec, levels, {})
     lanes = {"attn_lane": 4, "mlp_lane": 16}
     fits = time_budget.budget(profile._replace(lanes=lanes), latency_ms=1e3)
     found = fits.prepare(supernet).dropout_list
@@ -268,7 +268,7 @@ def test_a_prepared_super_network_has_widths_that_the_device_likes(
 
 def test_a_time_extracts_what_its_level_says(profile, spec, params, levels):
     """`flax-skd extract --latency_ms`: a budget in time goes the way of one in MACs."""
-    supernet = SuperNet(params, spec, levels, {})
+    supernet = Supernet(params, spec, levels, {})
     time = latency.seconds(TRUE, levels.widths(3, spec))
     fits = time_budget.budget(profile, latency_ms=1.001e3 * time)
     small, level = commands.subnet_within(
@@ -354,7 +354,7 @@ def test_what_is_timed_is_the_extracted_network(spec, params, batch):
 def profiled(folder, spec, params, **changes):
     """What the command says of a network with a list of five levels."""
     levels = piad.uniform(spec, steps=5)
-    checkpoint.save_supernet(folder / "super", SuperNet(params, spec, levels, {}))
+    checkpoint.save_supernet(folder / "super", Supernet(params, spec, levels, {}))
     config = config_files.load("configs/profile.py")
     config.update({"rounds": 1, "shares": "0.5", "levels": 2} | changes)
     text = profiling.profile(

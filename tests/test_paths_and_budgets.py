@@ -90,7 +90,7 @@ def test_every_way_to_ask_for_a_share_finds_the_same_level(network):
     spec = DIGITS.replace(width=24, depth=3, num_heads=3, head_dim=8, mlp_dim=40)
     levels = piad.uniform(spec, steps=7)
     params = vit.init(spec, jax.random.key(0))
-    found = checkpoint.SuperNet(params, spec, levels, {})
+    found = checkpoint.Supernet(params, spec, levels, {})
     served = family.SubnetFamily(found)
     for level in range(int(levels.levels) + 1):
         share = macs.macs(spec, levels.widths(level, spec)) / macs.macs(spec)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from flax_skd.io import checkpoint
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import (
     compensation,
     costs,
@@ -59,7 +59,7 @@ def network(spec, params):
         spec,
     )
     repairs = recalibration.own_compensation(stats, spec, zeros, full, tokens="plain")
-    return SuperNet(params, spec, piad.from_rows([full], spec), {}, repairs)
+    return Supernet(params, spec, piad.from_rows([full], spec), {}, repairs)
 
 
 def _inner_units(spec, params, widths, images):

@@ -6,7 +6,7 @@ import pytest
 from conftest import shake
 
 from flax_skd.io import data, sources
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import (
     compensation,
     contraction,
@@ -24,7 +24,7 @@ WPAC = contraction.CRITERIA["wpac"]
 
 
 def network_of(params, spec):
-    return SuperNet(params, spec, piad.from_rows([SubnetSpec.full(spec)], spec), {})
+    return Supernet(params, spec, piad.from_rows([SubnetSpec.full(spec)], spec), {})
 
 
 def statistics_of(network, batch, recipe):

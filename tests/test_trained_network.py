@@ -7,7 +7,7 @@ import pytest
 from conftest import random_repairs, shake
 
 from flax_skd.io import checkpoint
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import compensation, losses, piad, subnet
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
@@ -22,7 +22,7 @@ def supernet(spec, params):
     spec = spec.replace(crop_fraction=1.0)
     full = SubnetSpec.full(spec)
     levels = piad.from_rows([full], spec)
-    return SuperNet(params, spec, levels, {}, random_repairs(spec))
+    return Supernet(params, spec, levels, {}, random_repairs(spec))
 
 
 @pytest.fixture(scope="module")

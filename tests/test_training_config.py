@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flax_skd.io import augment, checkpoint, data, sources
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import costs, growth, importance, piad, subnet, vit
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
@@ -196,7 +196,7 @@ def test_the_list_of_piad_grows_by_the_options_of_the_config_and_on_repaired_cut
     spec = spec.replace(crop_fraction=1.0)
     repairs = {"what": np.arange(3.0)}  # handed on, whatever it is
     full = piad.from_rows([SubnetSpec.full(spec)], spec)
-    program = programs.piad_program(config, SuperNet(params, spec, full, {}, repairs))
+    program = programs.piad_program(config, Supernet(params, spec, full, {}, repairs))
     assert program.stages == 3 and program.every_epochs == 2.0
     given = {}
 
@@ -217,13 +217,13 @@ def test_the_list_of_piad_grows_by_the_options_of_the_config_and_on_repaired_cut
     np.testing.assert_array_equal(seen, [chosen[i].image for i in range(16)])
     assert program.before_epoch(3, state) is state.extra  # it is whole by then
     config.epochs, config.piad.progressive_epochs, config.piad.grow_epochs = 1, 0, 1 / 6
-    small = programs.piad_program(config, SuperNet(params, spec, full, {}))
+    small = programs.piad_program(config, Supernet(params, spec, full, {}))
     assert small.stages == 2  # a third of the run, which is less than an epoch
 
 
 def test_a_fresh_network_of_a_sub_network_keeps_its_sizes_alone(spec, params):
     widths = SubnetSpec((6, 12, 3), (6, 12, 9), (30, 13, 40))
-    small = checkpoint.SubNet(subnet.extract(params, widths), spec, widths, {})
+    small = checkpoint.Subnet(subnet.extract(params, widths), spec, widths, {})
     config = config_files.load("configs/finetune.py")
     config.seed = 4
     kept = programs.finetune(config, small).params

@@ -9,7 +9,7 @@ from conftest import random_repairs
 from test_train import rows, run
 
 from flax_skd.io import checkpoint, data, sources
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import piad, vit
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.run import config_files, feed, programs, sharding, train, training
@@ -81,7 +81,7 @@ def test_a_network_is_saved_with_the_repairs_that_it_was_trained_with(spec, tmp_
     spec = spec.replace(num_classes=10)
     params = vit.init(spec, jax.random.key(0))
     full = piad.from_rows([SubnetSpec.full(spec)], spec)
-    now = SuperNet(params, spec, full, {}, random_repairs(spec, seed=1))
+    now = Supernet(params, spec, full, {}, random_repairs(spec, seed=1))
     program = programs.piad_program(piad_config(), now)
     trained = random_repairs(spec, seed=2)
     extra = program.extra._replace(compensation=trained)

@@ -32,7 +32,7 @@ def network(tmp_path):
     """A super-network of digits, as `contract` would write one."""
     levels = piad.from_rows([SubnetSpec.full(DIGITS)], DIGITS)
     params = vit.init(DIGITS, jax.random.key(0))
-    found = checkpoint.SuperNet(params, DIGITS, levels, {"criterion": "wpac"})
+    found = checkpoint.Supernet(params, DIGITS, levels, {"criterion": "wpac"})
     checkpoint.save_supernet(tmp_path / "supernet", found)
     return tmp_path / "supernet"
 

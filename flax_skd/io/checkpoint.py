@@ -29,7 +29,7 @@ OLDER_SUPERNET_FILES = ("supernet.json", "arrays")
 SUBNET_FILES = ("spec.json", "params.safetensors")
 
 
-class SuperNet(NamedTuple):
+class Supernet(NamedTuple):
     """A contracted network and its nested sub-networks.
 
     Attributes:
@@ -48,7 +48,7 @@ class SuperNet(NamedTuple):
     compensation: Compensation | None = None
 
 
-class SubNet(NamedTuple):
+class Subnet(NamedTuple):
     """A sub-network on its own.
 
     Attributes:
@@ -66,7 +66,7 @@ class SubNet(NamedTuple):
 
 
 def save_supernet(
-    directory: str | os.PathLike, supernet: SuperNet, *, overwrite: bool = False
+    directory: str | os.PathLike, supernet: Supernet, *, overwrite: bool = False
 ) -> None:
     """Writes a super-network directory, whole or not at all.
 
@@ -112,14 +112,14 @@ def save_supernet(
     )
 
 
-def load_supernet(directory: str | os.PathLike) -> SuperNet:
+def load_supernet(directory: str | os.PathLike) -> Supernet:
     """Reads a super-network directory, on any machine and mesh.
 
     Args:
       directory: as `save_supernet` wrote it.
 
     Returns:
-      A `SuperNet` of numpy arrays.
+      A `Supernet` of numpy arrays.
 
     Raises:
       ValueError: if the directory is not a super-network, was edited or is damaged;
@@ -156,7 +156,7 @@ def load_supernet(directory: str | os.PathLike) -> SuperNet:
         packed = groups["compensation"]
         repairs = folder.parse(arrays, lambda x: checked.repairs(x, spec), packed)
     params = unflatten_dict(params, sep=".")
-    return SuperNet(params, spec, levels, fields["provenance"], repairs)
+    return Supernet(params, spec, levels, fields["provenance"], repairs)
 
 
 def supernet_sum(directory: str | os.PathLike) -> str:
@@ -171,7 +171,7 @@ def supernet_sum(directory: str | os.PathLike) -> str:
 
 
 def save_subnet(
-    directory: str | os.PathLike, network: SubNet, *, overwrite: bool = False
+    directory: str | os.PathLike, network: Subnet, *, overwrite: bool = False
 ) -> None:
     """Writes a sub-network directory, whole or not at all.
 
@@ -199,7 +199,7 @@ def save_subnet(
     folder.write_whole(directory, write, files=SUBNET_FILES, overwrite=overwrite)
 
 
-def facts_of(network: SubNet) -> dict[str, Any]:
+def facts_of(network: Subnet) -> dict[str, Any]:
     """What the JSON of a sub-network says of it, whatever its arrays lie in."""
     widths = SubnetSpec(*network.widths).check(network.spec)
     return {
@@ -210,14 +210,14 @@ def facts_of(network: SubNet) -> dict[str, Any]:
     }
 
 
-def load_subnet(directory: str | os.PathLike) -> SubNet:
+def load_subnet(directory: str | os.PathLike) -> Subnet:
     """Reads a sub-network directory.
 
     Args:
       directory: as `save_subnet` wrote it.
 
     Returns:
-      A `SubNet` of numpy arrays.
+      A `Subnet` of numpy arrays.
 
     Raises:
       ValueError: if the directory is not a sub-network, was edited or is damaged;
@@ -239,7 +239,7 @@ def load_subnet(directory: str | os.PathLike) -> SubNet:
         )
     flat = summed_arrays.read(arrays, fields.get("files"), noun="sub-network")
     checked.params(flat, spec, widths, str(arrays))
-    return SubNet(unflatten_dict(flat, sep="."), spec, widths, fields["provenance"])
+    return Subnet(unflatten_dict(flat, sep="."), spec, widths, fields["provenance"])
 
 
 def _to_host(x: Any) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 
 from flax_skd.io import checked
 from flax_skd.io import directory as folder
-from flax_skd.io.checkpoint import SubNet
+from flax_skd.io.checkpoint import Subnet
 from flax_skd.method import macs
 from flax_skd.method.spec import SubnetSpec
 
@@ -23,7 +23,7 @@ LICENCE_UNKNOWN = (
 
 
 def card(
-    network: SubNet,
+    network: Subnet,
     *,
     exports: Mapping[str, Mapping[str, Any]],
     accuracy: Mapping[str, Any] | None = None,

@@ -4,7 +4,7 @@ import pathlib
 from typing import Any
 
 from flax_skd.io import checkpoint
-from flax_skd.io.checkpoint import SubNet, SuperNet
+from flax_skd.io.checkpoint import Subnet, Supernet
 from flax_skd.method import subnet
 from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import Params
@@ -12,7 +12,7 @@ from flax_skd.run import commands
 from flax_skd.run.programs import beside
 
 
-def network(config: Any) -> SuperNet:
+def network(config: Any) -> Supernet:
     """The full network of `model.path`, in float32, with the levels it has.
 
     Raises:
@@ -26,7 +26,7 @@ def network(config: Any) -> SuperNet:
     return named(config.model.path)
 
 
-def named(path: str) -> SuperNet:
+def named(path: str) -> Supernet:
     """A super-network of a directory, in float32, without what repairs its cuts."""
     found = checkpoint.load_supernet(path)
     return found._replace(params=commands.in_float32(found.params), compensation=None)
@@ -48,5 +48,5 @@ def save_sizes(
     for name, (params, spec) in sizes.items():
         target = beside(directory, name)
         widths = subnet.widths_of(params, spec)
-        small = SubNet(params, spec, widths, {**facts, "size": name})
+        small = Subnet(params, spec, widths, {**facts, "size": name})
         checkpoint.save_subnet(target, small, overwrite=target.exists())

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from flax_skd.io.checkpoint import SubNet
+from flax_skd.io.checkpoint import Subnet
 from flax_skd.io.directory import parse
 from flax_skd.method import macs
 from flax_skd.run import report
@@ -89,7 +89,7 @@ def check_same(
         )
 
 
-def accuracy(found: Sweep, network: SubNet, *, name: str) -> dict[str, Any] | None:
+def accuracy(found: Sweep, network: Subnet, *, name: str) -> dict[str, Any] | None:
     """What the sweep measured of a sub-network, or None and a warning that says why.
 
     An export computes in float32: another `dtype` of the sweep is among the facts.

@@ -11,7 +11,7 @@ import numpy as np
 
 import flax_skd
 from flax_skd.io import checkpoint, conversion, data, directory
-from flax_skd.io.checkpoint import SubNet, SuperNet
+from flax_skd.io.checkpoint import Subnet, Supernet
 from flax_skd.io.source_fields import RECIPES
 from flax_skd.method import compensation, costs, macs, piad, statistics, subnet
 from flax_skd.method.spec import ViTSpec
@@ -21,14 +21,14 @@ from flax_skd.run import feed, sharding
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def load_network(model: Any) -> SuperNet:
+def load_network(model: Any) -> Supernet:
     """A network from a weights file of any family, or a directory of ours.
 
     Args:
       model: the `model` section of a config.
 
     Returns:
-      A `SuperNet`; of a weights file it has one level, the full network.
+      A `Supernet`; of a weights file it has one level, the full network.
 
     Raises:
       ValueError: if nothing is named, or the file does not hold a plain ViT.
@@ -58,7 +58,7 @@ def load_network(model: Any) -> SuperNet:
     )
     facts = {"file": path.name, "sha256": source.sha256, "family": source.family}
     one_level = piad.uniform(source.spec, steps=1)
-    return SuperNet(source.params, source.spec, one_level, {"source": facts})
+    return Supernet(source.params, source.spec, one_level, {"source": facts})
 
 
 def _check_says_the_same(model: Any, spec: ViTSpec, path: pathlib.Path) -> None:
@@ -110,14 +110,14 @@ def convert(config: Any, *, workdir: str, overwrite: bool) -> str:
     return f"wrote {workdir}: {count:,} parameters, {network.spec}"
 
 
-def stamped(network: SuperNet, facts: dict[str, Any]) -> SuperNet:
+def stamped(network: Supernet, facts: dict[str, Any]) -> Supernet:
     """The network with more provenance and the version of this package."""
     facts = {**network.provenance, **facts, "flax_skd": flax_skd.__version__}
     return network._replace(provenance=facts)
 
 
 def calibrate(
-    network: SuperNet,
+    network: Supernet,
     batches: data.EvalBatches,
     *,
     cost: str,
@@ -181,7 +181,7 @@ def extract(
     cost: Any,
     limit: float,
     fit: Callable[..., Any] | None = None,
-    prepare: Callable[[SuperNet], SuperNet] = lambda supernet: supernet,
+    prepare: Callable[[Supernet], Supernet] = lambda supernet: supernet,
 ) -> str:
     """The largest sub-network of a super-network within a budget, on its own.
 
@@ -215,7 +215,7 @@ def extract(
     )
 
 
-def subnet_within(supernet: SuperNet, *, cost: Any, limit: float) -> tuple[SubNet, int]:
+def subnet_within(supernet: Supernet, *, cost: Any, limit: float) -> tuple[Subnet, int]:
     """The largest sub-network within a budget, repaired if it can be, and its level."""
     spec = supernet.spec
     if limit <= 0:
@@ -225,4 +225,4 @@ def subnet_within(supernet: SuperNet, *, cost: Any, limit: float) -> tuple[SubNe
     whole = compensation.repaired(supernet.params, spec, supernet.compensation, widths)
     # On the host: a slice on a device is compiled, one for every width.
     params = subnet.extract(jax.device_get(whole), widths)
-    return SubNet(params, spec, widths, {"level": level}), level
+    return Subnet(params, spec, widths, {"level": level}), level

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from flax_skd.io import checkpoint
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import growth, piad
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
@@ -64,7 +64,7 @@ def ordinary(config: Any, model: ViT) -> Loss:
 
 
 def compiled_sizes(
-    config: Any, spec: ViTSpec, teacher: SuperNet | None = None
+    config: Any, spec: ViTSpec, teacher: Supernet | None = None
 ) -> buckets.Buckets | None:
     """The sizes a step is compiled for, if the config names any."""
     options = config.piad
@@ -118,7 +118,7 @@ def _piad_cut(options: Any, spec: ViTSpec, groups: growth.Groups) -> CutOf:
 
 
 def of_piad(
-    config: Any, model: ViT, groups: growth.Groups, teacher: SuperNet | None = None
+    config: Any, model: ViT, groups: growth.Groups, teacher: Supernet | None = None
 ) -> Loss:
     """Of a network of many sizes: a level, or a variant of the ablation, a step."""
     cut_of = _piad_cut(config.piad, model.spec, groups)
@@ -144,7 +144,7 @@ def _check_options(config: Any) -> None:
 
 
 def _level_loss(
-    config: Any, model: ViT, cut_of: CutOf, teacher: SuperNet | None
+    config: Any, model: ViT, cut_of: CutOf, teacher: Supernet | None
 ) -> Loss:
     _check_options(config)
     spec, options = model.spec, config.piad
@@ -174,7 +174,7 @@ def _level_loss(
     return mixed_loss(config, spec, made[options.loss]())
 
 
-def teacher_of(config: Any) -> SuperNet | None:
+def teacher_of(config: Any) -> Supernet | None:
     """The network that teaches in PIAD, in float32, if the loss is of one."""
     path, loss = config.piad.teacher, config.piad.loss
     if bool(path) != (loss == "teacher"):

@@ -15,7 +15,7 @@ from flax_skd.io import (
     sources,
     summed_arrays,
 )
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import (
     allocation,
     balance,
@@ -109,7 +109,7 @@ def contract(config: Any, *, workdir: str, overwrite: bool) -> str:
     return "\n".join(lines)
 
 
-def _logits_changed(network: SuperNet, images: np.ndarray) -> Callable[[Any], str]:
+def _logits_changed(network: Supernet, images: np.ndarray) -> Callable[[Any], str]:
     """Function of parameters -> the promise of a contraction, as it is kept.
 
     In float32, whatever dtype the statistics had.
@@ -126,14 +126,14 @@ def _logits_changed(network: SuperNet, images: np.ndarray) -> Callable[[Any], st
     return told
 
 
-def _stored(network: SuperNet, config: Any) -> SuperNet:
+def _stored(network: Supernet, config: Any) -> Supernet:
     if network.compensation is None:
         return network
     dtype = commands.dtype_named(config.compensation_dtype)
     return network._replace(compensation=packing.cast(network.compensation, dtype))
 
 
-def _size(network: SuperNet) -> str:
+def _size(network: Supernet) -> str:
     if network.compensation is None:
         return ""
     return f"; {packing.size(network.compensation) / 1e6:.1f} MB of compensation"
@@ -253,7 +253,7 @@ def _small_batches(config: Any, spec: ViTSpec) -> tuple[Any, int]:
     return section, count
 
 
-def list_of(network: SuperNet, options: Any, config: Any) -> piad.DropoutList:
+def list_of(network: Supernet, options: Any, config: Any) -> piad.DropoutList:
     """The list a config asks for, of a contracted network."""
     spec = network.spec
     if options is None or options.kind == "uniform":

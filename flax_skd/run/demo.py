@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from flax_skd.io import checkpoint, data, sources
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import compensation, macs, piad, subnet
 from flax_skd.method.contraction import CRITERIA
 from flax_skd.method.vit import ViT
@@ -126,7 +126,7 @@ def _train(path: pathlib.Path, program: str, name: str, *, fast, seed, start="")
     return done.partition("steps, ")[2]
 
 
-def _sweep(networks: dict, supernet: SuperNet, batches: data.EvalBatches):
+def _sweep(networks: dict, supernet: Supernet, batches: data.EvalBatches):
     """Rows of uniform cuts of every criterion, and of the levels PIAD learnt."""
     spec, model = supernet.spec, ViT(supernet.spec)
     ends, full = macs.costs(spec).embed_and_head, macs.macs(spec)
@@ -149,7 +149,7 @@ def batch_size() -> int:
     return -(-75 // devices) * devices
 
 
-def contracted(trained: SuperNet) -> dict[str, SuperNet]:
+def contracted(trained: Supernet) -> dict[str, Supernet]:
     """The trained network under each recipe, and as it came."""
     train = sources.open_source("digits:train", num_classes=trained.spec.num_classes)
     calibration = sources.take(train, 1024)
@@ -167,7 +167,7 @@ def contracted(trained: SuperNet) -> dict[str, SuperNet]:
     return {**networks, "none": trained}
 
 
-def _half_size(supernet: SuperNet, target: pathlib.Path, images: np.ndarray):
+def _half_size(supernet: Supernet, target: pathlib.Path, images: np.ndarray):
     """Extracts at half the block MACs; largest logit difference after a reload."""
     spec = supernet.spec
     ends, full = macs.costs(spec).embed_and_head, macs.macs(spec)

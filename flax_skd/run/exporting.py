@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from flax_skd.io import checked, checkpoint, model_card
 from flax_skd.io import directory as folder
-from flax_skd.io.checkpoint import SubNet, SuperNet
+from flax_skd.io.checkpoint import Subnet, Supernet
 from flax_skd.io.formats import folding, onnx, stablehlo, writers
 from flax_skd.io.formats.writers import Format
 from flax_skd.method import macs
@@ -29,7 +29,7 @@ class Chosen(NamedTuple):
 
     folder: str
     budget: float | None
-    network: SubNet
+    network: Subnet
     accuracy: dict[str, Any] | None
 
 
@@ -136,7 +136,7 @@ def chosen(workdir: str, budgets: str, measured: str) -> list[Chosen]:
     return [one._replace(accuracy=accuracy_of(one.network)) for one in networks]
 
 
-def _within(supernet: SuperNet, known: dict[str, Any], share: float) -> Chosen:
+def _within(supernet: Supernet, known: dict[str, Any], share: float) -> Chosen:
     small, level = commands.subnet_within(supernet, cost=macs.macs, limit=share)
     folding.check_kept(small.widths)
     facts = {**known, "level": level, "supernet": supernet.provenance}
@@ -160,7 +160,7 @@ def _accuracies(
     return lambda network: accuracies.accuracy(found, network, name=name)
 
 
-def _float32(network: SubNet) -> SubNet:
+def _float32(network: Subnet) -> Subnet:
     return network._replace(params=commands.in_float32(network.params))
 
 

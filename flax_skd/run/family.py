@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_skd.io import checkpoint
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import compensation, piad, subnet
 from flax_skd.method import macs as counts
 from flax_skd.method.attention import fastest_attention
@@ -49,7 +49,7 @@ class SubnetFamily:
 
     def __init__(
         self,
-        supernet: SuperNet,
+        supernet: Supernet,
         *,
         profile: Profile | None = None,
         executables: int = 16,

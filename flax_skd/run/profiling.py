@@ -8,7 +8,7 @@ import numpy as np
 
 from flax_skd.io import checkpoint
 from flax_skd.io import directory as folder
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import latency, latency_design
 from flax_skd.method.latency import Anchors, Latency
 from flax_skd.method.spec import SubnetSpec, ViTSpec
@@ -65,7 +65,7 @@ def profile(config: Any, *, workdir: str, out: str, overwrite: bool) -> str:
 
 
 def _networks(
-    supernet: SuperNet, config: Any, lanes: dict[str, int]
+    supernet: Supernet, config: Any, lanes: dict[str, int]
 ) -> dict[str, tuple[str, SubnetSpec]]:
     """Name -> (what it is for: fit, anchor, check or stairs; widths), none twice.
 
@@ -122,7 +122,7 @@ def _numbers(config: Any, name: str, kind: type) -> list[Any]:
 
 
 def _measured(
-    supernet: SuperNet, networks: dict[str, Any], config: Any, batch_size: int
+    supernet: Supernet, networks: dict[str, Any], config: Any, batch_size: int
 ) -> list[dict[str, Any]]:
     """One row a network: name, use, batch size, widths, times."""
     spec, device = supernet.spec, jax.local_devices()[0]

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from flax_skd.io import checkpoint
-from flax_skd.io.checkpoint import SubNet, SuperNet
+from flax_skd.io.checkpoint import Subnet, Supernet
 from flax_skd.method import costs, growth, importance, macs, piad, vit
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import Params, ViT
@@ -77,7 +77,7 @@ def scratch(config: Any, spec: ViTSpec) -> Program:
     return _whole(config, spec, params, {})
 
 
-def transfer(config: Any, network: SuperNet) -> Program:
+def transfer(config: Any, network: Supernet) -> Program:
     """A trained network with a fresh head, for other classes."""
     spec = network.spec.replace(num_classes=config.model.num_classes)
     # A fresh head is zero: the first step changes nothing but the head.
@@ -94,21 +94,21 @@ def _whole(config: Any, spec: ViTSpec, params: Params, provenance: dict) -> Prog
     def save(directory, params, extra, facts):
         del extra
         one_level = piad.uniform(spec, steps=1)
-        network = SuperNet(params, spec, one_level, provenance)
+        network = Supernet(params, spec, one_level, provenance)
         save_trained(directory, network, facts)
 
     return Program(model, params, configured_loss.ordinary(config, model), save)
 
 
 def save_trained(
-    directory: pathlib.Path, network: SuperNet, facts: dict[str, Any]
+    directory: pathlib.Path, network: Supernet, facts: dict[str, Any]
 ) -> None:
     """Writes a super-network with facts of its training, replacing what is there."""
     trained = commands.stamped(network, facts)
     checkpoint.save_supernet(directory, trained, overwrite=directory.exists())
 
 
-def finetune(config: Any, small: SubNet) -> Program:
+def finetune(config: Any, small: Subnet) -> Program:
     """One extracted network, on its own; `model.fresh` keeps its sizes alone."""
     model = configured_loss.vit_of(config, small.spec, small.widths)
     if config.model.fresh:
@@ -127,7 +127,7 @@ def finetune(config: Any, small: SubNet) -> Program:
     return Program(model, small.params, loss, save, files=files)
 
 
-def piad_program(config: Any, supernet: SuperNet) -> Program:
+def piad_program(config: Any, supernet: Supernet) -> Program:
     """PIAD (Li et al., AAAI 2026): a growing dropout list, a level a step.
 
     What repairs the cuts of the network it starts from stays, constant, and is on in

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from flax_skd.io import data, sources
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import compensation, costs, losses, recalibration, subnet
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.statistics import collect
@@ -35,7 +35,7 @@ class Recalibrated(NamedTuple):
 
 
 def recalibrated(
-    network: SuperNet,
+    network: Supernet,
     widths: SubnetSpec,
     batches: Batches,
     held_out: Batches,
@@ -98,7 +98,7 @@ def recalibrated(
 
 def fitted_to(
     description: str, *, images: int = 1000, batch_size: int = 50, seed: int = 0
-) -> Callable[[SuperNet, SubnetSpec], Recalibrated]:
+) -> Callable[[Supernet, SubnetSpec], Recalibrated]:
     """`recalibrated` by the images of a source, a fifth of them held out.
 
     Args:
@@ -120,7 +120,7 @@ def fitted_to(
     order = np.random.default_rng(seed).permutation(len(source))[:count]
     parts = order[count // 5 :], order[: count // 5]
 
-    def fit(network: SuperNet, widths: SubnetSpec) -> Recalibrated:
+    def fit(network: Supernet, widths: SubnetSpec) -> Recalibrated:
         batches, held_out = (
             data.eval_batches(
                 source,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import compensation, contraction, moments, unit_order
 from flax_skd.method.contraction import Criterion
 from flax_skd.method.pass_checks import check_gradients
@@ -71,12 +71,12 @@ def sums_for(recipes: Iterable[Recipe]) -> dict[str, tuple[str, ...]]:
 
 
 def contracted(
-    network: SuperNet,
+    network: Supernet,
     stats: Statistics,
     recipe: Recipe,
     *,
     batches: Iterable[dict[str, Any]] = (),
-) -> SuperNet:
+) -> Supernet:
     """The network in new coordinates, with what repairs its cuts; the same function.
 
     Args:
@@ -116,7 +116,7 @@ def contracted(
     return network._replace(params=params, compensation=repairs)
 
 
-def _orders(network: SuperNet, stats: Statistics, recipe: Recipe):
+def _orders(network: Supernet, stats: Statistics, recipe: Recipe):
     """The order of every block's hidden units, by `unit_order`."""
     order, found = unit_order.ORDERS[recipe.units], []
     for i in range(network.spec.depth):
@@ -131,7 +131,7 @@ def _orders(network: SuperNet, stats: Statistics, recipe: Recipe):
     return tuple(found)
 
 
-def _measured(network: SuperNet, stats: Statistics, recipe: Recipe, batches):
+def _measured(network: Supernet, stats: Statistics, recipe: Recipe, batches):
     """Every block's order from the one of `MEASURED_ORDERS` that costs it least."""
     recipes = {name: recipe._replace(units=name) for name in MEASURED_ORDERS}
     turned = {n: contracted(network, stats, r) for n, r in recipes.items()}
@@ -140,7 +140,7 @@ def _measured(network: SuperNet, stats: Statistics, recipe: Recipe, batches):
     return tuple(orders[name][i] for i, name in enumerate(names))
 
 
-def _units(network: SuperNet, stats: Statistics, recipe: Recipe):
+def _units(network: Supernet, stats: Statistics, recipe: Recipe):
     if recipe.units in unit_order.ORDERS:
         return _orders(network, stats, recipe)
     of_all = contraction.bases(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from flax_skd.io import checkpoint, processes, sources
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.io.differences import differences
 from flax_skd.io.directory import as_json, parse, replaced
 from flax_skd.method import piad
@@ -22,7 +22,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def cuts_of(
-    supernet: SuperNet, cuts: str, kept: str, *, every: int = 1
+    supernet: Supernet, cuts: str, kept: str, *, every: int = 1
 ) -> list[evaluate.Cut]:
     """The rows a sweep config asks for; the full network comes first, once."""
     if every < 1:

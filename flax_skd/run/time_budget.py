@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from flax_skd.io import directory as folder
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import latency
 from flax_skd.method.latency import Anchors, Latency, Predicted
 from flax_skd.method.piad import DropoutList
@@ -81,7 +81,7 @@ class Budget(NamedTuple):
         """
         return latency.level_for(dropout_list, self.limit / 1e9, cost=self.cost)
 
-    def prepare(self, supernet: SuperNet) -> SuperNet:
+    def prepare(self, supernet: Supernet) -> Supernet:
         """The super-network with its list `rounded`, if any level fits.
 
         Raises:
@@ -92,7 +92,7 @@ class Budget(NamedTuple):
         return changed
 
 
-def rounded(profile: Profile, supernet: SuperNet) -> SuperNet:
+def rounded(profile: Profile, supernet: Supernet) -> Supernet:
     """The super-network with its list in widths that the device likes.
 
     Raises:

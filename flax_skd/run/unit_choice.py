@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_skd.io.checkpoint import SuperNet
+from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import piad
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.vit import ViT
@@ -17,7 +17,7 @@ SHARES = (3 / 4, 1 / 2)  # of hidden units kept
 
 
 def chosen(
-    networks: dict[str, SuperNet], batches: Iterable[dict[str, Any]]
+    networks: dict[str, Supernet], batches: Iterable[dict[str, Any]]
 ) -> tuple[str, ...]:
     """For every block the key of the network whose cut of that MLP alone costs least.
 

@@ -8,14 +8,14 @@ from flax.traverse_util import flatten_dict
 
 from flax_skd.io import checkpoint
 from flax_skd.io import directory as folder
-from flax_skd.io.checkpoint import SubNet
+from flax_skd.io.checkpoint import Subnet
 from flax_skd.io.formats import folding
 
 NPZ_FILES = ("spec.json", "params.npz")
 
 
 def write_safetensors(
-    directory: str | os.PathLike, network: SubNet, *, overwrite: bool = False
+    directory: str | os.PathLike, network: Subnet, *, overwrite: bool = False
 ) -> None:
     """Writes the sub-network directory that `load_subnet` reads.
 
@@ -27,7 +27,7 @@ def write_safetensors(
 
 
 def write_npz(
-    directory: str | os.PathLike, network: SubNet, *, overwrite: bool = False
+    directory: str | os.PathLike, network: Subnet, *, overwrite: bool = False
 ) -> None:
     """Writes `spec.json` and `params.npz`, for a reader with NumPy and nothing else.
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from flax_skd.io import directory as folder
 from flax_skd.io import tensor_layout
-from flax_skd.io.checkpoint import SubNet
+from flax_skd.io.checkpoint import Subnet
 from flax_skd.io.formats import arrays, folding
 from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import Params
@@ -15,7 +15,7 @@ from flax_skd.method.vit import Params
 FILES = ("config.json", "params.npz")
 
 
-def convert(network: SubNet) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def convert(network: Subnet) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Arrays by vit_jax's names joined by `/`, and the sizes to build a module with.
 
     Queries carry the full head's scale, LayerScale is folded into `out` and `fc2`, and
@@ -85,7 +85,7 @@ def _config(spec: ViTSpec, widths: Any) -> dict[str, Any]:
 
 
 def write(
-    directory: str | os.PathLike, network: SubNet, *, overwrite: bool = False
+    directory: str | os.PathLike, network: Subnet, *, overwrite: bool = False
 ) -> None:
     """Writes `convert(network)` as `params.npz` and `config.json`.
 

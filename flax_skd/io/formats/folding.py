@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax.core import unfreeze
 
-from flax_skd.io.checkpoint import SubNet
+from flax_skd.io.checkpoint import Subnet
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import Params
 
@@ -36,7 +36,7 @@ def equal_heads(widths: SubnetSpec) -> SubnetSpec:
     return SubnetSpec(width, width, tuple(widths.mlp_dim))
 
 
-def padded(network: SubNet) -> SubNet:
+def padded(network: Subnet) -> Subnet:
     """The same function with heads of one width in every block.
 
     Zero dims of q and k add 0 to q k^T, zero dims of v meet zero rows of `out`: exact.

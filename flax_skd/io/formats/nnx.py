@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_skd.io import checkpoint
-from flax_skd.io.checkpoint import SubNet
+from flax_skd.io.checkpoint import Subnet
 from flax_skd.io.formats import folding
 from flax_skd.method.vit import ViT
 
 
-def module(network: SubNet, *, dtype: Any = jnp.float32) -> nnx.Module:
+def module(network: Subnet, *, dtype: Any = jnp.float32) -> nnx.Module:
     """The network as an NNX module: call it with images, train it with nnx.Optimizer.
 
     Args:

@@ -20,7 +20,7 @@ import sys
 
 from flax_skd.io import checkpoint, model_card
 from flax_skd.io import directory as folder
-from flax_skd.io.checkpoint import SubNet
+from flax_skd.io.checkpoint import Subnet
 from flax_skd.io.extras import require
 from flax_skd.io.formats import folding
 from flax_skd.method.vit import ViT
@@ -31,7 +31,7 @@ _ENVIRONMENT = "onnx_env"
 _OLDEST = 15  # Shape with `start`, which a batch of any size needs
 
 
-def convert(network: SubNet, *, opset: int = OPSET) -> bytes:
+def convert(network: Subnet, *, opset: int = OPSET) -> bytes:
     """The content of an ONNX file: `images` [B, S, S, C] float32 -> `logits` [B, K].
 
     Images are normalised, channels last, B any number.
@@ -85,7 +85,7 @@ def check_opset(opset: int) -> None:
 
 def write(
     directory: str | os.PathLike,
-    network: SubNet,
+    network: Subnet,
     *,
     opset: int = OPSET,
     overwrite: bool = False,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import export
 
 from flax_skd.io import directory as folder
-from flax_skd.io.checkpoint import SubNet
+from flax_skd.io.checkpoint import Subnet
 from flax_skd.io.extras import require
 from flax_skd.io.formats import folding
 from flax_skd.method.vit import ViT
@@ -19,7 +19,7 @@ _KNOWN = (*PLATFORMS, "rocm")
 
 
 def params_inside(
-    network: SubNet,
+    network: Subnet,
     *,
     platforms: tuple[str, ...] = PLATFORMS,
     image_dtype: Any = jnp.float32,
@@ -44,7 +44,7 @@ def params_inside(
 
 
 def params_outside(
-    network: SubNet,
+    network: Subnet,
     *,
     platforms: tuple[str, ...] = PLATFORMS,
     image_dtype: Any = jnp.float32,
@@ -62,7 +62,7 @@ def params_outside(
     return export.export(call, platforms=platforms)(shapes, images)
 
 
-def _checked(network: SubNet, platforms: tuple[str, ...]):
+def _checked(network: Subnet, platforms: tuple[str, ...]):
     folding.check_kept(network.widths)
     check_platforms(platforms)
     return folding.in_float32(network.params)
@@ -78,7 +78,7 @@ def check_platforms(platforms: tuple[str, ...]) -> None:
         )
 
 
-def _images(network: SubNet, dtype: Any) -> jax.ShapeDtypeStruct:
+def _images(network: Subnet, dtype: Any) -> jax.ShapeDtypeStruct:
     spec = network.spec
     (batch,) = export.symbolic_shape("b")
     side = spec.image_size
@@ -87,7 +87,7 @@ def _images(network: SubNet, dtype: Any) -> jax.ShapeDtypeStruct:
 
 def write(
     directory: str | os.PathLike,
-    network: SubNet,
+    network: Subnet,
     *,
     platforms: tuple[str, ...] = PLATFORMS,
     overwrite: bool = False,

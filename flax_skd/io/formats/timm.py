@@ -7,7 +7,7 @@ import numpy as np
 
 from flax_skd.io import directory as folder
 from flax_skd.io import tensor_layout
-from flax_skd.io.checkpoint import SubNet
+from flax_skd.io.checkpoint import Subnet
 from flax_skd.io.extras import require
 from flax_skd.io.formats import folding
 from flax_skd.method.spec import SubnetSpec, ViTSpec
@@ -17,7 +17,7 @@ FILES = ("config.json", "model.safetensors")
 CUT_HEADS_SINCE = "1.0.23"
 
 
-def convert(network: SubNet) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def convert(network: Subnet) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """timm's state dict of a sub-network, and how to build the module.
 
     Args:
@@ -99,7 +99,7 @@ def _arguments(spec: ViTSpec, mlp_dim: int) -> dict[str, Any]:
 
 
 def write(
-    directory: str | os.PathLike, network: SubNet, *, overwrite: bool = False
+    directory: str | os.PathLike, network: Subnet, *, overwrite: bool = False
 ) -> None:
     """Writes `convert(network)` as `model.safetensors` and `config.json`.
 
