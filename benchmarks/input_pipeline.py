@@ -8,7 +8,8 @@ the decoder; grain with decoder and the resize of evaluation; the same decoder a
 augmentation as training in a loop, which is what they cost by themselves; the batches a
 training run draws (`data.train_batches`), prepared by threads and by `--workers` processes.
 The first batches start them, fill buffers and are not counted. A run's own waiting is
-`data_wait` in its log lines.
+`data_wait` in its log lines. Last, how much of an image is done under Python's lock, which
+bounds what the threads of a process can do together.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import itertools
 import json
 import os
 import pathlib
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -137,6 +140,41 @@ def measure(source: Any, args: argparse.Namespace) -> dict[str, list[dict]]:
     return found
 
 
+def under_lock(source: Any, args: argparse.Namespace) -> tuple[float, float]:
+    """(ms under Python's lock, ms) an image takes one thread, by another that looks.
+
+    A thread that wakes must have the lock: where it is late, and later than 99 of 100
+    wakings beside nothing, the lock was held. Short holds are not seen.
+    """
+    spec = ViTSpec.named("B/16", image_size=args.image_size)
+    pause, before = 5e-4, sys.getswitchinterval()
+    sys.setswitchinterval(5.0)  # nobody is made to let go
+    stop = threading.Event()
+
+    def lateness() -> float:
+        start = time.perf_counter()
+        time.sleep(pause)
+        return time.perf_counter() - start - pause
+
+    def looking() -> None:
+        while not stop.is_set():
+            late.append(lateness())
+
+    usual = np.percentile([lateness() for _ in range(2000)], 99)
+    late: list[float] = []
+    other = threading.Thread(target=looking)
+    other.start()
+    start = time.perf_counter()
+    for i in range(args.images):
+        rng = np.random.default_rng(i)
+        AUGMENT[args.augment](source[i % len(source)].image, rng, spec)
+    taken = 1e3 * (time.perf_counter() - start) / args.images
+    stop.set()
+    other.join()
+    sys.setswitchinterval(before)
+    return float(np.mean(np.array(late) > usual)) * taken, taken
+
+
 def summary(found: dict[str, list[dict]], args: argparse.Namespace) -> dict[str, dict]:
     """Rates and ratios to decoding, medians with the least and the most."""
 
@@ -204,7 +242,14 @@ def main() -> None:
     else:
         source, size = generated(args.generated)
     found = summary(measure(source, args), args)
-    text = markdown(found, size, args)
+    held = [under_lock(source, args) for _ in range(args.rounds)]
+    found["under_lock_ms"] = held
+    lock, whole = np.median(held, axis=0)
+    text = markdown({name: found[name] for name in TITLES}, size, args)
+    text += (
+        f"\n\nPython's lock: {lock:.2f} of {whole:.2f} ms an image on one core, so at most "
+        f"{1e3 / lock:.0f} images/s by the threads of a process."
+    )
     print(text)
     if args.out:
         stem = pathlib.Path(args.out) / "input_pipeline"

@@ -1,6 +1,7 @@
 """Training images prepared by processes of their own, where threads are not enough.
 
-The threads of a process share Python's lock, and a part of every image is done under it.
+The threads of a process share Python's lock, and a sixth of every image is done under it
+(`benchmarks/input_pipeline.py`).
 """
 
 import math
