@@ -7,11 +7,20 @@ import jax
 import numpy as np
 import optax
 import pytest
+from conftest import random_repairs
 from jax.sharding import PartitionSpec
 
 from flax_skd.io import checkpoint, run_state
+from flax_skd.method import piad
 from flax_skd.method.vit import ViT
-from flax_skd.run import config_files, objective, sharding, train, training
+from flax_skd.run import (
+    buckets,
+    config_files,
+    objective,
+    sharding,
+    train,
+    training,
+)
 
 pytestmark = pytest.mark.skipif(
     jax.device_count() < 8, reason="needs eight (virtual) devices"
@@ -111,6 +120,46 @@ CUT = {
     "patch_embed/kernel": 2,
     "head/kernel": 2,
 }
+
+
+@pytest.mark.parametrize(("sizes", "shape"), [(True, {"data": 8}), (False, CUBE)])
+def test_steps_with_repaired_cuts_are_those_of_one_device(
+    spec, params, batch, sizes, shape
+):
+    level = np.int32(0) if sizes else None
+    extra = objective.Elastic(
+        piad.uniform(spec, steps=4), random_repairs(spec, seed=2), level
+    )
+
+    def loss_of(within):
+        cut_of = objective.level_within(spec, within)
+        return objective.classification_loss(ViT(spec, within), cut_of=cut_of)
+
+    def trained(mesh):
+        options = {}
+        if sizes:
+            compiled = buckets.Buckets(spec, loss_of, shares=(0.8, 0.5), seed=1)
+            options["before_step"] = compiled.before_step
+            options["before_loss"] = compiled.before_loss
+        cut_of = objective.sampled_levels(spec)
+        optimizer = optax.sgd(0.05)
+        state = train.fit(
+            train.initial_state(params, optimizer, jax.random.key(3), extra=extra),
+            itertools.repeat({k: batch[k][:8] for k in ("image", "label")}),
+            loss=objective.classification_loss(ViT(spec), cut_of=cut_of),
+            optimizer=optimizer,
+            steps=3,
+            mesh=mesh,
+            **options,
+        )
+        return jax.device_get(state.params)
+
+    want = trained(sharding.mesh({"data": 1}, devices=jax.devices()[:1]))
+    got = trained(sharding.mesh(shape))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), want, params)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+    for w, g in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
 
 
 def test_a_state_is_cut_by_its_paths_and_stays_so(spec, params, batch):

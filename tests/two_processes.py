@@ -11,10 +11,18 @@ from jax.experimental import multihost_utils
 
 from flax_skd.io import augment, data, processes, run_state
 from flax_skd.io.sources import ArraySource
-from flax_skd.method import growth, importance, macs, statistics, vit
+from flax_skd.method import (
+    compensation,
+    growth,
+    importance,
+    macs,
+    piad,
+    statistics,
+    vit,
+)
 from flax_skd.method.spec import ViTSpec
 from flax_skd.method.vit import ViT
-from flax_skd.run import evaluate, feed, objective, sharding, train
+from flax_skd.run import buckets, evaluate, feed, objective, sharding, train
 
 SPEC = ViTSpec(
     image_size=8,
@@ -56,14 +64,15 @@ def results(mesh, workdir):
     target = growth.schedule(0, 1, model_macs=macs.macs(SPEC), share=0.6)
     levels = growth.grow(levels, SPEC, measured, target_macs_saved=target)
     [score] = evaluate.evaluate(model, there, batches, [None])
-    state, losses = three_steps(model, params, mesh, workdir)
+    state, losses = three_steps(params, mesh, workdir)
+    small, sizes = three_steps(params, mesh, f"{workdir}_sizes", **repaired_sizes())
     found = {
         "sums": sums,
         "importance": measured,
         "levels": levels,
         "score": score,
-        "losses": losses,
-        "params": sharding.gathered(state.params, mesh),
+        "losses": [losses, sizes],
+        "params": sharding.gathered([state.params, small.params], mesh),
     }
     return {
         jax.tree_util.keystr(path): np.asarray(x)
@@ -71,7 +80,29 @@ def results(mesh, workdir):
     }
 
 
-def three_steps(model, params, mesh, workdir):
+def repaired_sizes():
+    """What `fit` takes to train PIAD in compiled sizes, cuts repaired."""
+    rng = np.random.default_rng(3)
+    moments = {
+        kind: [(rng.normal(size=n), (x := rng.normal(size=(2 * n, n))).T @ x)]
+        for kind, n in compensation.inner_units(SPEC).items()
+    }
+    repairs = compensation.from_moments(**moments, spec=SPEC)
+    levels = piad.uniform(SPEC, steps=4)
+
+    def loss_of(within):
+        cut_of = objective.level_within(SPEC, within)
+        return objective.classification_loss(ViT(SPEC, within), cut_of=cut_of)
+
+    sizes = buckets.Buckets(SPEC, loss_of, shares=(0.8, 0.5), seed=1)
+    return {
+        "extra": objective.Elastic(levels, repairs, np.int32(0)),
+        "before_step": sizes.before_step,
+        "before_loss": sizes.before_loss,
+    }
+
+
+def three_steps(params, mesh, workdir, *, extra=None, **options):
     """The state after, and the loss of every step."""
     batches = data.train_batches(
         images(),
@@ -84,14 +115,15 @@ def three_steps(model, params, mesh, workdir):
     )
     optimizer = optax.sgd(0.1)
     state = train.fit(
-        train.initial_state(params, optimizer, jax.random.key(2)),
+        train.initial_state(params, optimizer, jax.random.key(2), extra=extra),
         batches,
-        loss=objective.classification_loss(model),
+        loss=objective.classification_loss(ViT(SPEC)),
         optimizer=optimizer,
         steps=3,
         mesh=mesh,
         workdir=workdir,
         log_every_steps=1,
+        **options,
     )
     log = (pathlib.Path(workdir) / run_state.LOG).read_text().splitlines()
     return state, [json.loads(line)["loss"] for line in log]
@@ -121,7 +153,7 @@ def main(port, index, target):
     for name, wrong in {
         "an axis over processes": lambda: sharding.mesh({"model": 4}),
         "other commands": lambda: processes.check_alike({"lr": int(index), "steps": 3}),
-        "other weights": lambda: three_steps(ViT(SPEC), other, mesh, f"{target}/no"),
+        "other weights": lambda: three_steps(other, mesh, f"{target}/no"),
         "a folder each": lambda: run_state.claim(own),
     }.items():
         try:
