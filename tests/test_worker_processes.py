@@ -11,26 +11,15 @@ import time
 import jax
 import numpy as np
 import pytest
+from test_repeated_augmentation import SPEC
 
 from flax_skd.io import augment, checkpoint, data
 from flax_skd.io.examples import BadImageError, EncodedSource
 from flax_skd.io.sources import ArraySource
-from flax_skd.method.spec import ViTSpec
 from flax_skd.run import config_files, training
 
 pytest.importorskip("grain")
 pictures = pytest.importorskip("pictures")
-
-SPEC = ViTSpec(
-    image_size=8,
-    patch_size=4,
-    width=8,
-    depth=1,
-    num_heads=1,
-    mlp_dim=8,
-    num_classes=3,
-    crop_fraction=1.0,
-)
 
 
 def arrays(n=40):
