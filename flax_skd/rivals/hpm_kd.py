@@ -224,9 +224,13 @@ def program(config: Any) -> Program:
     widths, count = list(chain.values()), len(chain)
     students = [configured_loss.vit_of(config, found.spec, w) for w in widths]
     in_turn, mesh = stages.Stages(count), sharding.mesh(config.mesh)
-    section = config.data.copy_and_resolve_references()
-    section.images = options.images
-    batches = feed.batches_of(section, found.spec, seed=config.seed)
+    batches = feed.of_training(
+        config,
+        found.spec,
+        images=options.images,
+        batch_size=config.data.batch_size,
+        on_bad_image=config.data.on_bad_image,
+    )
     judge = Judge(students, found.params, batches, mesh, least=options.least_gain)
     losses_ = [
         configured_loss.mixed_loss(

@@ -50,13 +50,30 @@ def open_images(
     return source
 
 
-def calibration_of(config: Any) -> Any:
-    """The `piad.calibration` section; of the source of training where it names none."""
-    section = config.piad.calibration.copy_and_resolve_references()
-    if not section.source:
-        section.source = config.data.source
-        section.labels = section.labels or config.data.labels
-    return section
+def calibration_of(config: Any, spec: ViTSpec) -> data.EvalBatches:
+    """What `piad.calibration` names; of the images of training where it names no source."""
+    section = config.piad.calibration
+    if section.source:
+        return batches_of(section, spec, seed=config.seed)
+    return of_training(
+        config,
+        spec,
+        images=section.images,
+        batch_size=section.batch_size,
+        on_bad_image=section.on_bad_image,
+    )
+
+
+def of_training(
+    config: Any, spec: ViTSpec, *, images: int, batch_size: int, on_bad_image: str
+) -> data.EvalBatches:
+    """Evaluation batches of so many of the images that a config trains on; 0 for all."""
+    source = open_images(config.data, spec)
+    if images:
+        source = sources.take(source, images, seed=config.seed)
+    return data.eval_batches(
+        source, spec, batch_size=batch_size, on_bad_image=on_bad_image
+    )
 
 
 def eval_source_of(section: Any) -> str:

@@ -202,7 +202,7 @@ def _stages(config: Any) -> int:
 def _grower(config: Any, model: ViT, groups: growth.Groups, stages: int):
     """`before_epoch` of PIAD: measure at the smallest level, append what it bears."""
     spec, options = model.spec, config.piad
-    batches = feed.batches_of(feed.calibration_of(config), spec, seed=config.seed)
+    batches = feed.calibration_of(config, spec)
     mesh = sharding.mesh(config.mesh)
     cost = costs.cost_named(options.cost, spec.num_classes)
     rise = importance.sensitivity_named(options.sensitivity, spec.num_classes)

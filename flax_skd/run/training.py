@@ -212,7 +212,7 @@ def _what_decides(
     for section in (fields["data"], calibration):
         section["on_bad_image"] = "error"
     if calibration.get("source"):
-        images = feed.open_images(feed.calibration_of(config), program.model.spec)
+        images = feed.open_images(config.piad.calibration, program.model.spec)
         fields["calibration"] = sources.fingerprint(images)
     if program.frozen is not None:
         fields["teacher"] = summed_arrays.of_tree(program.frozen)
