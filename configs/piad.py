@@ -66,7 +66,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.piad.calibration = ConfigDict()
     config.piad.calibration.source = ""  # empty: data.source and its labels
     config.piad.calibration.labels = ""
-    config.piad.calibration.images = 1024
+    config.piad.calibration.images = 1024  # of data.source at most; 0 for all
     config.piad.calibration.batch_size = 64
     config.piad.calibration.on_bad_image = "error"
 

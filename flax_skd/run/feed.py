@@ -67,10 +67,13 @@ def calibration_of(config: Any, spec: ViTSpec) -> data.EvalBatches:
 def of_training(
     config: Any, spec: ViTSpec, *, images: int, batch_size: int, on_bad_image: str
 ) -> data.EvalBatches:
-    """Evaluation batches of so many of the images that a config trains on; 0 for all."""
+    """Evaluation batches of the images that a config trains on, so many at most.
+
+    0 for all.
+    """
     source = open_images(config.data, spec)
     if images:
-        source = sources.take(source, images, seed=config.seed)
+        source = sources.take(source, min(images, len(source)), seed=config.seed)
     return data.eval_batches(
         source, spec, batch_size=batch_size, on_bad_image=on_bad_image
     )
