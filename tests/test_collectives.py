@@ -14,6 +14,7 @@ from flax_skd.method import (
     compensation,
     layers,
     partial_sums,
+    piad,
     statistics,
     subnet,
     vit,
@@ -52,7 +53,7 @@ def size(keep=lambda path: True):
 
 
 @functools.cache
-def compiled(*, taught=False, mixed=False, **shape):
+def compiled(*, taught=False, mixed=False, repaired=False, **shape):
     """Collectives of the train step of `fit` on a mesh, and the mesh."""
     mesh = sharding.mesh(shape, devices=jax.devices()[: math.prod(shape.values())])
     optimizer = train.make_optimizer(1e-3)
@@ -61,11 +62,15 @@ def compiled(*, taught=False, mixed=False, **shape):
             params := vit.init(SPEC, jax.random.key(0)),
             optimizer,
             jax.random.key(1),
+            extra=objective.Elastic(piad.uniform(SPEC), random_repairs(SPEC))
+            if repaired
+            else None,
             frozen=params if taught else None,
         )
     )
     place = sharding.param_sharding(state, mesh)
-    loss = objective.classification_loss(ViT(SPEC))
+    cut_of = objective.sampled_levels(SPEC) if repaired else objective.whole
+    loss = objective.classification_loss(ViT(SPEC), cut_of=cut_of)
     if taught:
         teacher = distillation.frozen(ViT(SPEC), student=SPEC)
         loss = distillation.with_teacher(ViT(SPEC), teacher)
@@ -192,6 +197,15 @@ def test_fsdp_cuts_a_teacher_too_and_gathers_it_once():
     kinds = ("all-reduce", "reduce-scatter")
     more = sum(total(found, kind) - total(alone, kind) for kind in kinds)
     assert more == 4  # the divergence, logged
+
+
+def test_fsdp_cuts_the_factors_of_repairs_and_gathers_each_once():
+    alone, _ = compiled(repaired=True, data=8)
+    found, _ = compiled(repaired=True, fsdp=8)
+    rows = SPEC.num_heads * SPEC.head_dim, SPEC.mlp_dim
+    factors = 4 * SPEC.depth * sum(n * n for n in rows)
+    gathers = total(found, "all-gather") - total(alone, "all-gather")
+    assert gathers == factors + size(cut)
 
 
 def test_tensor_parallelism_sums_activations_after_and_before_each_branch():

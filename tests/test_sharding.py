@@ -152,6 +152,9 @@ def test_steps_with_repaired_cuts_are_those_of_one_device(
             mesh=mesh,
             **options,
         )
+        for repair in (*state.extra.compensation.attn, *state.extra.compensation.mlp):
+            parts = repair.factor.size // repair.factor.addressable_shards[0].data.size
+            assert parts == mesh.size // mesh.shape["data"]
         return jax.device_get(state.params)
 
     want = trained(sharding.mesh({"data": 1}, devices=jax.devices()[:1]))

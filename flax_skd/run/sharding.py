@@ -18,7 +18,8 @@ AXES = ("data", "fsdp", "model")
 # none matches lies whole on every device: norms, tokens, positions, small biases. Heads
 # and hidden units go over `model`, so that a branch needs one sum over it; the width
 # goes over `fsdp`, which only saves memory. Moments and averages of an array have its
-# path at the end of theirs.
+# path at the end of theirs. Factors of repairs are cut to save memory alone, and
+# gathered where a step re-fits by them.
 RULES = (
     (r"attn/(query|key|value)/kernel$", PartitionSpec("fsdp", "model", None)),
     (r"attn/(query|key|value)/bias$", PartitionSpec("model", None)),
@@ -28,6 +29,7 @@ RULES = (
     (r"mlp/fc2/kernel$", PartitionSpec("model", "fsdp")),
     (r"patch_embed/kernel$", PartitionSpec(None, None, None, "fsdp")),
     (r"(pre_logits|head|head_dist)/kernel$", PartitionSpec("fsdp", None)),
+    (r"compensation/(attn|mlp)/\d+/factor$", PartitionSpec("fsdp", "model")),
 )
 
 

@@ -247,6 +247,7 @@ def _evaluator(
         extra = jax.device_get(state.extra)
         sizes = program.sizes(extra)
         repairs = getattr(state.extra, "compensation", None)
+        repairs = repairs and sharding.gathered(repairs, mesh)
         for name, params in (("raw", state.params), ("ema", state.ema)):
             params = program.network(sharding.gathered(params, mesh), extra)
             found = evaluate.evaluate(
