@@ -1,14 +1,18 @@
 """Package metadata. Every dependency is imported only where it is used."""
 
 import pathlib
+import re
 
 from setuptools import find_packages, setup
 
+HERE = pathlib.Path(__file__).parent
+SOURCE = (HERE / "flax_skd" / "__init__.py").read_text()
+
 setup(
     name="flax-skd",
-    version="0.1.0",
+    version=re.search(r'^__version__ = "(.+)"$', SOURCE, re.MULTILINE)[1],
     description="One Vision Transformer, every size: SKD super-networks in JAX/Flax",
-    long_description=pathlib.Path(__file__).with_name("README.md").read_text(),
+    long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -351,6 +351,13 @@ def test_a_workdir_that_holds_a_run_is_found_before_the_long_pass(
     assert (supernet / "supernet.json").read_bytes() == before
 
 
+def test_the_version_is_that_of_the_package(capsys):
+    assert main.main(["--version"]) == 0
+    assert f"flax-skd {flax_skd.__version__} (jax {jax.__version__}" in (
+        capsys.readouterr().out
+    )
+
+
 def test_help_names_every_command_flag_and_config_entry(capsys):
     assert main.main(["--help"]) == 0
     text = capsys.readouterr().out

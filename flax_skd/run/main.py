@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 import signal
 import sys
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 from absl import flags
 from absl import logging as absl_logging
 
+import flax_skd
 from flax_skd.io import processes
 from flax_skd.io.extras import require
 from flax_skd.rivals import table
@@ -133,6 +135,12 @@ def main(arguments: list[str]) -> int:
     name, *rest = arguments or ["--help"]
     if name in ("--help", "-h", "help"):
         print(overview())
+        return 0
+    if name in ("--version", "version"):
+        python = platform.python_version()
+        print(
+            f"flax-skd {flax_skd.__version__} (jax {jax.__version__}, Python {python})"
+        )
         return 0
     if name not in COMMANDS:
         print(f"flax-skd: no command {name!r}.\n\n{overview()}", file=sys.stderr)
