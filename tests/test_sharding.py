@@ -4,11 +4,12 @@ import itertools
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from conftest import random_repairs
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flax_skd.io import checkpoint, run_state
 from flax_skd.method import piad
@@ -65,6 +66,31 @@ def test_inside_a_users_shard_map_gradients_are_those_of_one_device(
     rows, whole = PartitionSpec("data"), PartitionSpec()
     apart = jax.shard_map(gradients, mesh=mesh, in_specs=(whole, rows), out_specs=whole)
     want, got = jax.jit(gradients)(params, images), jax.jit(apart)(params, images)
+    largest = max(np.abs(w).max() for w in jax.tree.leaves(want))
+    for w, g in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5 * largest)
+
+
+def test_on_a_users_explicit_axes_auto_axes_gives_what_one_device_does(
+    spec, params, batch
+):
+    images, rows = batch["image"][:8], PartitionSpec("data")
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+
+    def logits(params, images):
+        return ViT(spec).apply({"params": params}, images)
+
+    def both(apply):
+        grads = jax.grad(lambda p, images: jnp.square(apply(p, images)).sum())
+        return jax.jit(lambda p, images: (apply(p, images), grads(p, images)))
+
+    want = both(logits)(params, images)
+    with jax.set_mesh(mesh):
+        there = jax.device_put(images, NamedSharding(mesh, rows))
+        kept = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        with_auto = jax.sharding.auto_axes(logits, out_sharding=rows)
+        got = both(with_auto)(kept, there)
+    assert got[0].sharding.spec[0] == "data"
     largest = max(np.abs(w).max() for w in jax.tree.leaves(want))
     for w, g in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5 * largest)
