@@ -11,8 +11,10 @@ from flax_skd.method import (
     compensation,
     contraction,
     costs,
+    moments,
     piad,
     statistics,
+    unit_order,
     vit,
 )
 from flax_skd.method.spec import SubnetSpec
@@ -72,6 +74,23 @@ def test_repairs_are_of_the_moments_of_the_network_that_was_turned(
     ):
         scale = np.abs(plain).max()
         np.testing.assert_allclose(mine, plain, atol=2e-3 * scale)
+
+
+def test_the_ridge_of_repairs_is_that_of_the_greedy_order_too(spec, params, batch):
+    recipe = recipes.Recipe(WPAC, "greedy", ridge=0.5)
+    network = network_of(params, spec)
+    stats = statistics_of(network, batch, recipe)
+    turned = recipes.contracted(network, stats, recipe).params
+    for i in range(spec.depth):
+        mlp = params[f"block_{i}"]["mlp"]
+        covariance = stats.branch_moment(i, "mlp", "gradient")[1]
+        orders = [
+            unit_order.greedy(covariance, mlp["fc2"]["kernel"], ridge=ridge)
+            for ridge in (recipe.ridge, moments.RIDGE)
+        ]
+        got = turned[f"block_{i}"]["mlp"]["fc1"]["kernel"]
+        np.testing.assert_array_equal(got, mlp["fc1"]["kernel"][:, orders[0]])
+        assert not np.array_equal(*orders)
 
 
 @pytest.mark.parametrize("units", ["greedy", "variance_weight"])

@@ -181,6 +181,23 @@ def test_moments_of_images_much_alike_do_not_cancel(network, images):
             assert np.linalg.eigvalsh(found)[0] > -1e-5 * np.trace(found) / len(found)
 
 
+@pytest.mark.parametrize("tokens", [1, 500])
+def test_where_nothing_varies_there_is_no_covariance(tokens):
+    # Of one image the last block's class token alone has weight: one feature, and
+    # about a pilot that is its own rounding away. Unit 3 varies.
+    rng = np.random.default_rng(tokens)
+    weight = rng.random(tokens).astype(np.float32)[:, None]
+    same = np.tile(rng.normal(size=8).astype(np.float32), (tokens, 1))
+    same[:, 3] += 0.1 * rng.normal(size=tokens).astype(np.float32)
+    sums = second_moments.BranchMoments(
+        *(weight.sum(), (weight * same).sum(0), (weight * same).T @ same)
+    )
+    found = np.array(second_moments.covariance(sums))
+    assert (found[3, 3] > 0) == (tokens > 1)
+    found[3, 3] = 0
+    assert not found.any()
+
+
 def test_attended_keys_are_left_out_unless_asked_for(network, images):
     got = collect(SMALL, network, images, 8, moments=("plain",))
     assert not np.any(got.branches[0]["plain"].key_attended)

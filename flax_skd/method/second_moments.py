@@ -21,6 +21,7 @@ ATTENDED = "attended"  # asks for `BlockMoments.key_attended`; not a weighting
 # Output of a branch: (its field of BlockMoments, the tap of its inner units).
 BRANCHES = {"attn_out": ("attn", "mixed"), "mlp_out": ("mlp", "hidden")}
 INNER = dict(BRANCHES.values())
+_ROUNDING = 1e-5  # of float32 sums, relative
 
 
 class TokenWeights(NamedTuple):
@@ -227,10 +228,16 @@ def mean(moments: BranchMoments, pilot: Array) -> Array:
 
 
 def covariance(moments: BranchMoments) -> Array:
-    """Covariance [n, n] about the weighted mean, over the sum of weights."""
+    """Covariance [n, n] about the weighted mean, over the sum of weights.
+
+    Zero for a unit of which nothing but rounding is left, as of every unit where one
+    token alone has weight: noise would be no covariance, or predict.
+    """
     weight = _positive(moments.weight)
-    first = moments.first / weight
-    return moments.second / weight - first[:, None] * first[None]
+    first, second = moments.first / weight, moments.second / weight
+    found = second - first[:, None] * first[None]
+    varies = found.diagonal() > _ROUNDING * second.diagonal()
+    return jnp.where(varies[:, None] & varies[None], found, 0.0)
 
 
 def _positive(weight: Array) -> Array:

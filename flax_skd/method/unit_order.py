@@ -1,7 +1,7 @@
 """Orders of hidden units from their covariance and their output weights.
 
-Every order has one signature, (covariance [M, M], w2 [M, D], metric=...) -> indices
-[M], what is kept longest first, so that tables compare them.
+Every order has one signature, (covariance [M, M], w2 [M, D], metric=..., ridge=...) ->
+indices [M], what is kept longest first, so that tables compare them.
 """
 
 import functools
@@ -30,22 +30,26 @@ def _falling(scores: np.ndarray) -> np.ndarray:
     return np.argsort(-scores, kind="stable")
 
 
-def variance(covariance: Any, w2: Any, *, metric: Any = None) -> np.ndarray:
+def variance(
+    covariance: Any, w2: Any, *, metric: Any = None, ridge: float = RIDGE
+) -> np.ndarray:
     """Units by falling variance, as variance-based pruning cuts them.
 
     Args:
       covariance: [M, M] of the hidden units, centred.
       w2: [M, D], not looked at.
-      metric: not looked at.
+      metric, ridge: not looked at.
 
     Returns:
       Indices [M]; equal variances keep their order.
     """
-    del w2, metric
+    del w2, metric, ridge
     return _falling(np.asarray(covariance).diagonal())
 
 
-def variance_weight(covariance: Any, w2: Any, *, metric: Any = None) -> np.ndarray:
+def variance_weight(
+    covariance: Any, w2: Any, *, metric: Any = None, ridge: float = RIDGE
+) -> np.ndarray:
     """Units by falling variance times squared norm of their output weights.
 
     The error of cutting one unit whose mean is folded and which nothing predicts.
@@ -54,10 +58,12 @@ def variance_weight(covariance: Any, w2: Any, *, metric: Any = None) -> np.ndarr
       covariance: [M, M] of the hidden units, centred.
       w2: [M, D].
       metric: F^1/2 [D, D] of errors of the output, symmetric; None for the identity.
+      ridge: not looked at.
 
     Returns:
       Indices [M]; equal scores keep their order.
     """
+    del ridge
     norms = np.square(_weighted(w2, metric)).sum(1)
     return _falling(np.asarray(covariance, np.float64).diagonal() * norms)
 

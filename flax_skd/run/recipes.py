@@ -29,7 +29,8 @@ class Recipe(NamedTuple):
       compensation: what repairs a cut, of `compensation.MODES`.
       tokens: weights of tokens in the moments of units and head outputs, of
         `second_moments.WEIGHTINGS`.
-      ridge: of covariances, see `moments.regularised`.
+      ridge: of covariances, of repairs and of greedy orders, see
+        `moments.regularised`.
       seed: of the random criterion.
     """
 
@@ -124,8 +125,9 @@ def _orders(network: Supernet, stats: Statistics, recipe: Recipe):
         w2 = np.asarray(block["mlp"]["fc2"]["kernel"], np.float64)
         if "layer_scale2" in block:
             w2 = w2 * np.asarray(block["layer_scale2"], np.float64)
+        covariance = stats.branch_moment(i, "mlp", recipe.tokens)[1]
         try:
-            found.append(order(stats.branch_moment(i, "mlp", recipe.tokens)[1], w2))
+            found.append(order(covariance, w2, ridge=recipe.ridge))
         except ValueError as error:
             raise ValueError(f"block {i}: {error}") from error
     return tuple(found)
