@@ -40,7 +40,7 @@ def convert(network: Subnet) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     params, spec = folding.position_for_every_token(params, spec)
     params, spec = folding.norm_of_every_token(params, spec)
     prefix = [params.pop("register_tokens")] if spec.registers else []
-    flat = folding.flat(_with_biases(params))
+    flat = tensor_layout.flattened(_with_biases(params))
     named = tensor_layout.named("jax", flat, spec)
     if prefix:
         cls = [named["cls"][0]] if spec.class_token else []
