@@ -111,7 +111,7 @@ def by_loss(
     target: float,
     repairs: Compensation | None = None,
     share: float = 0.25,
-    kinds: dict[str, tuple[str, ...]] = allocation.SEPARATE,
+    kinds: allocation.Kinds = allocation.SEPARATE,
     groups: growth.Groups = allocation.GROUPS,
     cost: Callable[..., float] = macs.macs,
 ) -> DropoutList:
