@@ -127,7 +127,7 @@ def by_loss(
     """
 
     def losses(many):
-        scores = evaluate.evaluate(model, params, batches, list(many), repairs=repairs)
+        scores = evaluate.evaluate(model, params, batches, many, repairs=repairs)
         return [score.kl for score in scores]
 
     def report(done: allocation.Round) -> None:

@@ -74,8 +74,10 @@ def _with_biases(params: Params) -> Params:
 
 
 def _config(spec: ViTSpec, widths: Any) -> dict[str, Any]:
-    names = ("patch_size", "width", "num_heads", "num_classes", "pool", "pre_logits")
-    names += ("gelu", "norm_eps")
+    names = (
+        *("patch_size", "width", "num_heads", "num_classes", "pool", "pre_logits"),
+        *("gelu", "norm_eps"),
+    )
     return {
         **{name: getattr(spec, name) for name in names},
         "prefix_tokens": spec.num_prefix,
