@@ -12,6 +12,8 @@ A step costs what a dense training step does. The paper's sub-networks of DeiT-B
 
 from ml_collections import ConfigDict
 
+from flax_skd.run import config_files
+
 EPOCHS = {"": 60.0, "Ti": 300.0, "S": 300.0, "B": 150.0}
 
 
@@ -20,27 +22,12 @@ def get_config(variant: str = "") -> ConfigDict:
     size = variant.partition("/")[0]
     if size not in EPOCHS or bool(size) != bool(variant):
         raise ValueError(f"no recipe for {variant!r}: choose Ti/16, S/16 or B/16.")
-    config = ConfigDict()
+    imagenet = "imagenet" if variant else ""
+    config = config_files.load(f"configs/training_base.py:{imagenet}")
     config.program = "piad"
-    config.model = ConfigDict()
     config.model.path = ""
-
-    config.data = ConfigDict()
-    config.data.source = "" if variant else "digits:train"
-    # Images to evaluate on, empty for none; auto: the digits' for the digits, or none.
-    config.data.eval_source = "" if variant else "auto"
-    config.data.eval_labels = ""  # of a tar, as data.labels
-    config.data.labels = ""
-    config.data.images = 0  # so many of them, the same ones every time; 0 for all
-    config.data.batch_size = 1024 if variant else 64
-    config.data.augment = ConfigDict()
-    config.data.augment.name = "deit" if variant else "shift_crop"  # flip_crop | none
-    config.data.augment.flip = 0.5 if variant else 0.0
-    config.data.augment.min_scale = 0.08  # flip_crop, deit: least share of the area
-    config.data.augment.pad = 1  # shift_crop: pixels
-    config.data.repeats = 3 if variant else 1  # repeated augmentation
-    config.data.on_bad_image = "error"
-    config.data.workers = 0  # processes that prepare images; 0 for threads
+    config.epochs = EPOCHS[size]
+    config.lr = 1e-3  # 5e-4 * batch / 512
 
     config.piad = ConfigDict()
     config.piad.groups = ConfigDict()
@@ -69,31 +56,4 @@ def get_config(variant: str = "") -> ConfigDict:
     config.piad.calibration.images = 1024  # of data.source at most; 0 for all
     config.piad.calibration.batch_size = 64
     config.piad.calibration.on_bad_image = "error"
-
-    config.epochs = EPOCHS[size]
-    config.lr = 1e-3  # 5e-4 * batch / 512
-    config.min_lr = 1e-5
-    config.warmup_epochs = 0.0
-    config.weight_decay = 0.05
-    config.label_smoothing = 0.1
-    config.mixing = ConfigDict()  # all zero: off
-    config.mixing.mixup = 0.8 if variant else 0.0
-    config.mixing.cutmix = 1.0 if variant else 0.0
-    config.mixing.switch = 0.5  # share of batches that take cutmix
-    config.mixing.erase = 0.25 if variant else 0.0
-    config.drop_path = 0.0
-    config.clip_norm = 0.0 if variant else 1.0
-    config.ema_decay = 0.99996 if variant else 0.99
-    config.weights = "ema"  # what is saved as the network; or "raw"
-    config.dtype = "bfloat16" if variant else "float32"
-    config.remat = False  # True: less memory, a third more work
-    config.accumulate = 1  # microbatches of an update: less memory
-    config.mesh = ConfigDict()  # of devices
-    config.mesh.data = -1  # -1: all that the others leave
-    config.mesh.fsdp = 1  # cuts parameters along the width, to save memory
-    config.mesh.model = 1  # cuts heads and hidden units
-    config.checkpoint_every = 1000  # steps
-    config.evaluate_epochs = 10.0
-    config.log_every_s = 30.0
-    config.seed = 0
     return config

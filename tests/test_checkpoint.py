@@ -149,7 +149,9 @@ def test_a_sub_network_comes_back_as_it_was(saved_small, small):
     assert got[1:] == small[1:]
     fields = json.loads((saved_small / "spec.json").read_text())
     assert fields["macs"]["full"] == macs.macs(small.spec, small.widths)
-    assert fields["macs"]["paper"] == macs.macs(small.spec, small.widths, "paper")
+    assert fields["macs"]["paper"] == macs.macs(
+        small.spec, small.widths, convention="paper"
+    )
     keys = load_file(saved_small / "params.safetensors")
     assert keys["block_0.attn.query.kernel"].shape == (24, 2, 12)
 
@@ -399,7 +401,7 @@ def test_sizes_of_an_edited_spec_are_not_allocated(saved_small, small, size):
     edit(
         saved_small / "spec.json",
         spec=spec.to_dict(),
-        macs={c: macs.macs(spec, small.widths, c) for c in macs.CONVENTIONS},
+        macs={c: macs.macs(spec, small.widths, convention=c) for c in macs.CONVENTIONS},
     )
     with pytest.raises(ValueError, match=r"params\.safetensors"):
         checkpoint.load_subnet(saved_small)

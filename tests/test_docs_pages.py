@@ -288,7 +288,7 @@ def test_the_examples_of_measure_print_a_table_and_count(folder, contracted):
     assert (folder / "sweep.png").stat().st_size > 1000
     names = run("measure, costs", folder)
     spec, half = names["spec"], names["half"]
-    counts = [macs.macs(spec, half), macs.macs(spec, half, "paper")]
+    counts = [macs.macs(spec, half), macs.macs(spec, half, convention="paper")]
     counts.append(skd.param_count(spec, half))
     assert list(map(int, names["printed"].split())) == counts
 

@@ -183,7 +183,7 @@ def test_sweep_rows_have_the_columns_and_survive_their_files(
     assert seen == ["one", "two"] and len(rows) == 10
     assert all(tuple(r) == evaluate.COLUMNS for r in rows)
     assert rows[1]["macs"] == macs.macs(spec, cuts[1].widths)
-    assert rows[1]["macs_paper"] == macs.macs(spec, cuts[1].widths, "paper")
+    assert rows[1]["macs_paper"] == macs.macs(spec, cuts[1].widths, convention="paper")
     assert rows[1]["params"] == macs.param_count(spec, cuts[1].widths)
     report.write(tmp_path, rows, title="test")
     assert json.loads((tmp_path / "sweep.json").read_text()) == rows

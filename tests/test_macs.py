@@ -21,11 +21,16 @@ PAPER = {  # attention and MLP of one block in millions, total and full count in
 def test_counts_equal_the_paper_to_all_printed_digits(name):
     spec = ViTSpec.named(name)
     one = spec.replace(depth=1)
-    bare = macs.macs(one, SubnetSpec((0,), (0,), (0,)), "paper")
+    bare = macs.macs(one, SubnetSpec((0,), (0,), (0,)), convention="paper")
     norm = 2 * spec.num_tokens * spec.width
     size = spec.head_dim
-    attention = macs.macs(one, SubnetSpec((size,), (size,), (0,)), "paper") - bare
-    mlp = macs.macs(one, SubnetSpec((0,), (0,), (spec.mlp_dim,)), "paper") - bare
+    attention = (
+        macs.macs(one, SubnetSpec((size,), (size,), (0,)), convention="paper") - bare
+    )
+    mlp = (
+        macs.macs(one, SubnetSpec((0,), (0,), (spec.mlp_dim,)), convention="paper")
+        - bare
+    )
     assert (
         round((attention - norm) / 1e6, 3),
         round((mlp - norm) / 1e6, 3),

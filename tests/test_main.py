@@ -375,6 +375,7 @@ VARIANTS = {
     "sweep": None,
     "profile": None,
     "finetune": "imagenet",
+    "training_base": "imagenet",
     "cifar10": "start",
     "ablation": "pretrained/macs",
     "base": "reduced",
@@ -410,7 +411,8 @@ def leaves(config):
 
 def test_help_tells_what_the_file_says_beside_an_entry_and_nothing_of_its_base():
     told = main.command_help("train", "configs/ablation.py:piad")
-    assert "--config.data.augment.name = 'shift_crop'  # flip_crop | none" in told
+    name = "--config.data.augment.name = 'shift_crop'"
+    assert f"{name}  # deit | flip_crop | shift_crop | none" in told
     assert "--config.lr = 0.001\n" in told  # piad.py says 5e-4 * batch / 512
 
 

@@ -15,7 +15,7 @@ def layer(size, *, width=5, tokens=400, seed=0):
     return np.atleast_2d(np.cov(x.T)), rng.normal(size=(size, width))
 
 
-def error(covariance, w2, kept, metric=None):
+def error(covariance, w2, kept):
     """E |x W - x_kept W'|^2 with the best W', from the covariance alone."""
     gone = np.setdiff1d(np.arange(len(w2)), kept)
     best = np.zeros_like(w2)
@@ -24,18 +24,14 @@ def error(covariance, w2, kept, metric=None):
         square = covariance[np.ix_(kept, kept)]
         cross = covariance[np.ix_(kept, gone)]
         best[kept] = -np.linalg.solve(square, cross @ w2[gone])
-    best = best if metric is None else best @ metric
     return np.trace(best.T @ covariance @ best)
 
 
-def brute_force(covariance, w2, metric=None):
+def brute_force(covariance, w2):
     """Remove, again and again, what costs least once all the rest is re-fitted."""
     kept, removed = list(range(len(w2))), []
     while kept:
-        costs = [
-            error(covariance, w2, [k for k in kept if k != unit], metric)
-            for unit in kept
-        ]
+        costs = [error(covariance, w2, [k for k in kept if k != unit]) for unit in kept]
         removed.append(kept.pop(int(np.argmin(costs))))
     return removed[::-1]
 
@@ -46,16 +42,6 @@ def test_greedy_removes_what_brute_force_removes(size, seed):
     covariance, w2 = layer(size, seed=seed)
     ridged = moments.regularised(covariance)
     assert greedy(covariance, w2).tolist() == brute_force(ridged, w2)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_greedy_measures_errors_by_the_metric(seed):
-    covariance, w2 = layer(7, seed=seed)
-    factor = np.random.default_rng(seed + 9).normal(size=(5, 5))
-    metric = factor @ factor.T / 4
-    got = greedy(covariance, w2, metric=metric).tolist()
-    assert got == brute_force(moments.regularised(covariance), w2, metric)
-    assert got != greedy(covariance, w2).tolist()
 
 
 def loop(covariance, w2):
@@ -159,12 +145,9 @@ def test_variance_orders_by_variance_alone():
 
 def test_variance_weight_orders_by_the_error_of_one_cut():
     covariance, w2 = layer(9)
-    factor = np.random.default_rng(2).normal(size=(5, 5))
-    for metric in (None, factor @ factor.T):
-        own = w2 if metric is None else w2 @ metric
-        alone = [covariance[i, i] * (own[i] ** 2).sum() for i in range(9)]
-        got = unit_order.variance_weight(covariance, w2, metric=metric)
-        assert got.tolist() == np.argsort(alone)[::-1].tolist()
+    alone = [covariance[i, i] * (w2[i] ** 2).sum() for i in range(9)]
+    got = unit_order.variance_weight(covariance, w2)
+    assert got.tolist() == np.argsort(alone)[::-1].tolist()
 
 
 # Errors

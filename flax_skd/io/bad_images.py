@@ -42,7 +42,8 @@ class BadImages:
         if not self._skip:
             raise error
         with self._lock:
-            new, _ = index not in self._seen, self._seen.add(index)
+            new = index not in self._seen
+            self._seen.add(index)
             count = len(self._seen)
         if new:
             _LOG.warning("skipped image %d (%d so far): %s", index, count, error)

@@ -14,7 +14,7 @@ from flax_skd.method.spec import SubnetSpec, ViTSpec
 
 def macs_of(spec: ViTSpec, widths: SubnetSpec) -> dict[str, int]:
     """MACs by convention, as a sub-network's JSON states them."""
-    return {name: macs.macs(spec, widths, name) for name in macs.CONVENTIONS}
+    return {c: macs.macs(spec, widths, convention=c) for c in macs.CONVENTIONS}
 
 
 def widths(fields: Any) -> SubnetSpec:
@@ -61,7 +61,7 @@ def levels(tables: dict[str, Any], spec: ViTSpec, where: str) -> DropoutList:
 def params(
     found: dict[str, Any], spec: ViTSpec, widths: SubnetSpec, where: str
 ) -> None:
-    """All that is missing, surplus, misshapen or not finite, in one error."""
+    """Raises one ValueError that lists all missing, surplus and unfit arrays."""
     shapes = tensor_layout.shapes(spec, widths)
     wanted = {path.replace("/", "."): shape for path, shape in shapes.items()}
     wrong = [f"missing {k} {list(s)}" for k, s in wanted.items() if k not in found]

@@ -103,7 +103,7 @@ class EvalBatches:
     def _stack(self, loaded: list[tuple[np.ndarray, int] | None]) -> Batch:
         start, end = self.rows or (0, self.batch_size)
         size, side = end - start, self.spec.image_size
-        batch = {
+        batch: Batch = {
             "image": np.zeros((size, side, side, self.spec.in_channels), np.uint8),
             "label": np.zeros(size, np.int32),
             "weight": np.zeros(size, np.float32),

@@ -39,7 +39,7 @@ def differences(
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         return {prefix or "config": value}
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, inner in value.items():
         flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
     return flat

@@ -229,7 +229,7 @@ def write_json(path: pathlib.Path, noun: str, fields: dict[str, Any]) -> None:
     head = {
         "format": f"flax_skd {noun}",
         "format_version": FORMAT_VERSION,
-        "package_version": getattr(flax_skd, "__version__", "unknown"),
+        "package_version": flax_skd.__version__,
     }
     fields = as_json(fields, path.name)
     path.write_text(json.dumps(head | fields, indent=2) + "\n", encoding="utf-8")
@@ -240,7 +240,7 @@ def read_json(
     noun: str,
     names: set[str],
     *,
-    may_have: set[str] = frozenset(),
+    may_have: set[str] | frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
     """The inverse of `write_json`.
 

@@ -36,7 +36,7 @@ def open_npz(
     """
     name = f"npz:{path}" + (f":{split}" if split else "")
     check_file(path, name)
-    wanted = ("images", "labels") if split is None else ()
+    wanted: tuple[str, ...] = ("images", "labels")
     if split is not None:
         wanted = tuple(f"{split}_{part}" for part in ("bytes", "offsets", "labels"))
     arrays = _read_npz(path, wanted, ("classes",))

@@ -136,7 +136,7 @@ def _normalisation(processor: dict[str, Any], channels: int) -> dict[str, Any]:
             f"preprocessor_config.json: rescale_factor = {factor!r} is no positive "
             "number."
         )
-    found = {"mean": 0.0, "std": 1.0}
+    found: dict[str, Any] = {"mean": 0.0, "std": 1.0}
     if processor.get("do_normalize", True):
         names = [name for name in found if f"image_{name}" in processor]
         found = {name: processor[f"image_{name}"] for name in names}

@@ -77,7 +77,7 @@ def open_source(
     if kind == "npz" and rest:
         path, colon, split = rest.rpartition(":")
         if not colon or os.path.exists(rest):
-            path, split = rest, None
+            return npz_images.open_npz(rest, num_classes=num_classes)
         return npz_images.open_npz(path, split=split, num_classes=num_classes)
     # A split may hold colons too: cifar10:3.0.2:train[:50%].
     if kind == "tfds" and (parts := re.fullmatch(r"([^\[]+):([^:\[]+(?:\[.*)?)", rest)):
@@ -138,7 +138,7 @@ def fingerprint(source: Source) -> str:
 
 
 class _Unlabelled:
-    num_classes = None
+    num_classes: int | None = None
 
     def __init__(self, source: Source):
         self.name, self._source = source.name, source

@@ -1,11 +1,10 @@
 """The layout of a ViT's parameters: paths, shapes, nested and flat, from a spec."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_skd.io.key_tables import SHAPES, TABLES, Flat, Rule
 from flax_skd.io.weight_files import ConversionError
@@ -21,7 +20,7 @@ def named(family: str, flat: Flat, spec: ViTSpec) -> Flat:
 
     Args:
       family: a key of `key_tables.TABLES`.
-      flat: parameters by path, as `unnest` makes them; lines that lack one are left out.
+      flat: of `flattened`; lines of the table that lack a path are left out.
       spec: of the network.
 
     Returns:
@@ -71,7 +70,7 @@ def layout(net: Any) -> dict[str, str]:
         "layer_scale1": net.layer_scale,
         "layer_scale2": net.layer_scale,
     }
-    paths = {}
+    paths: dict[str, str] = {}
     for path, axes in SHAPES.items():
         top, _, rest = path.partition("/")
         if not wanted.get(rest if rest in wanted else top, True):
@@ -91,7 +90,7 @@ def shapes(spec: ViTSpec, widths: SubnetSpec) -> dict[str, tuple[int, ...]]:
       spec: of the full network.
       widths: of the sub-network, which fit the spec.
     """
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for path, axes in layout(spec).items():
         top, _, rest = path.partition("/")
         sizes = _sizes(spec)
@@ -136,24 +135,15 @@ def _sizes(spec: ViTSpec) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _shape(axes: str, spec: ViTSpec) -> tuple[int, ...]:
-    """Shape of a parameter in our layout."""
-    sizes = _sizes(spec)
-    return sum((sizes[letter] for letter in axes), ())
-
-
 def nest(flat: Flat, spec: ViTSpec) -> dict[str, Any]:
     """Nested params with heads as an axis, each array its own memory."""
-    params: dict[str, Any] = {}
-    for path, axes in layout(spec).items():
-        *groups, leaf = path.split("/")
-        node = params
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[leaf] = np.array(flat[path], np.float32, order="C").reshape(
-            _shape(axes, spec)
-        )
-    return params
+    return unflatten_dict(
+        {
+            path: np.array(flat[path], np.float32, order="C").reshape(shape)
+            for path, shape in shapes(spec, SubnetSpec.full(spec)).items()
+        },
+        sep="/",
+    )
 
 
 def unnest(params: dict[str, Any], spec: ViTSpec) -> Flat:
@@ -163,19 +153,33 @@ def unnest(params: dict[str, Any], spec: ViTSpec) -> Flat:
       ConversionError: if params are not those of `spec`, with every path.
     """
     given = flatten_dict(params, sep="/")
-    paths = layout(spec)
+    wanted = shapes(spec, SubnetSpec.full(spec))
     raise_listed(
-        [path for path in paths if path not in given],
-        [path for path in given if path not in paths],
+        [path for path in wanted if path not in given],
+        [path for path in given if path not in wanted],
         [
-            f"{path}: {list(np.shape(given[path]))}, expected {list(_shape(axes, spec))}"
-            for path, axes in paths.items()
-            if path in given and np.shape(given[path]) != _shape(axes, spec)
+            f"{path}: {list(np.shape(given[path]))}, expected {list(shape)}"
+            for path, shape in wanted.items()
+            if path in given and np.shape(given[path]) != shape
         ],
     )
+    return flattened(params)
+
+
+def flattened(params: dict[str, Any]) -> Flat:
+    """Params by path, float32, attention kernels as matrices: what the tables take.
+
+    Args:
+      params: nested, of any widths.
+    """
     flat = {}
-    for path, axes in paths.items():
-        value = np.asarray(given[path], np.float32)
-        shape = [math.prod(_shape(letter, spec)) for letter in axes]
-        flat[path] = value.reshape(shape)
+    for path, value in flatten_dict(params, sep="/").items():
+        x = np.asarray(value, np.float32)
+        if path.endswith("attn/out/kernel"):
+            x = x.reshape(-1, x.shape[-1])
+        elif "/attn/" in path and path.endswith("kernel"):
+            x = x.reshape(x.shape[0], -1)
+        elif "/attn/" in path:
+            x = x.reshape(-1)
+        flat[path] = x
     return flat

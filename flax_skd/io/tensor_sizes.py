@@ -206,6 +206,7 @@ def _flags(flat: Flat) -> types.SimpleNamespace:
 
 def _vote(flat: Flat, paths: dict[str, str]) -> dict[str, int]:
     """The size of every axis letter that most tensors agree on."""
+    votes: dict[str, collections.Counter[int]]
     votes = collections.defaultdict(collections.Counter)
     for path, axes in paths.items():
         if path in flat and flat[path].ndim == len(axes):

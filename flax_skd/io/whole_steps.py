@@ -104,7 +104,8 @@ def newest(checkpoints: pathlib.Path) -> tuple[int, dict[int, list[str]]]:
       OSError: if a file cannot be read.
       ValueError: if no step is whole; names the faults of each.
     """
-    step, found, error = _NONE, {}, None
+    found: dict[int, list[str]] = {}
+    step, error = _NONE, None
     if jax.process_index() == 0:
         try:
             step, found = _look(checkpoints)
@@ -121,7 +122,7 @@ def newest(checkpoints: pathlib.Path) -> tuple[int, dict[int, list[str]]]:
 
 
 def _look(checkpoints: pathlib.Path) -> tuple[int, dict[int, list[str]]]:
-    found = {}
+    found: dict[int, list[str]] = {}
     for step in steps(checkpoints):
         wrong = faults(checkpoints / str(step), step)
         if not wrong:

@@ -28,9 +28,8 @@ class WorkerBatches:
         """Of a function that begins at a position, which a batch moves by `stride`."""
         self._starting_at, self._stride = starting_at, stride
         self._position, self._batches = 0, None
-        require("grain").DatasetIterator.register(
-            WorkerBatches
-        )  # what checkpoints take
+        # Checkpoints take the positions of grain's iterators alone.
+        require("grain").DatasetIterator.register(WorkerBatches)
 
     def __iter__(self) -> Iterator[Any]:
         return self

@@ -7,7 +7,7 @@ Queries with keys, values with `out`, and hidden units are cut apart unless told
 otherwise. Host-side float64.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from flax_skd.method.piad import DropoutList
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 
 # Kind of branch -> the widths cut together.
+Kinds = Mapping[str, tuple[str, ...]]
 SEPARATE = {"qk": ("qk_dim",), "vo": ("vo_dim",), "mlp": ("mlp_dim",)}
 TIED = {"heads": ("qk_dim", "vo_dim"), "mlp": ("mlp_dim",)}
 
@@ -62,7 +63,7 @@ def candidates(
     widths: SubnetSpec,
     spec: ViTSpec,
     *,
-    kinds: dict[str, tuple[str, ...]] = SEPARATE,
+    kinds: Kinds = SEPARATE,
     groups: growth.Groups = GROUPS,
     cost: Callable[[ViTSpec, SubnetSpec], float] = macs.macs,
 ) -> list[Step]:
@@ -100,7 +101,7 @@ def allocate(
     *,
     target: float,
     share: float = 0.25,
-    kinds: dict[str, tuple[str, ...]] = SEPARATE,
+    kinds: Kinds = SEPARATE,
     groups: growth.Groups = GROUPS,
     cost: Callable[[ViTSpec, SubnetSpec], float] = macs.macs,
     after_round: Callable[[Round], None] = lambda round: None,
@@ -134,9 +135,8 @@ def allocate(
         raise ValueError(f"share = {share} must be in (0, 1].")
     widths = SubnetSpec.full(spec)
     rows = [widths]
-    options = {"kinds": kinds, "groups": groups, "cost": cost}
     while cost(spec, widths) > target:
-        steps = candidates(widths, spec, **options)
+        steps = candidates(widths, spec, kinds=kinds, groups=groups, cost=cost)
         if not steps:
             raise ValueError(
                 f"a cost of {target:g} cannot be reached: with every branch removed "
@@ -172,10 +172,5 @@ def _measured(widths: SubnetSpec, steps: list[Step], losses: Losses):
 
 def _apply(widths: SubnetSpec, step: Step) -> SubnetSpec:
     """`widths` with the cut of a step on top of others of its round."""
-    fields = zip(widths, step.widths)
-    block = step.block
-    smaller = [
-        tuple(min(a, b) if i == block else a for i, (a, b) in enumerate(zip(old, new)))
-        for old, new in fields
-    ]
-    return SubnetSpec(*smaller)
+    # In its other blocks the step has the widths the round began with, which only fall.
+    return SubnetSpec(*(tuple(map(min, *pair)) for pair in zip(widths, step.widths)))

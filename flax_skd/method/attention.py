@@ -1,5 +1,7 @@
 """The attention functions a ViT may be given."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -72,7 +74,11 @@ _mixed.defvjp(lambda weights, v: (_mixed(weights, v), (weights, v)), _mixed_back
 
 
 def dot_product_attention(
-    q: Array, k: Array, v: Array, scale: float, implementation: str | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: float,
+    implementation: Literal["xla", "cudnn"] | None = None,
 ) -> Array:
     """`einsum_attention` by `jax.nn.dot_product_attention`.
 

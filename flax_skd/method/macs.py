@@ -69,7 +69,7 @@ def _head_kernels(spec: ViTSpec) -> int:
 
 
 def macs(
-    spec: ViTSpec, widths: SubnetSpec | None = None, convention: str = "full"
+    spec: ViTSpec, widths: SubnetSpec | None = None, *, convention: str = "full"
 ) -> int:
     """Multiply-accumulates of one image through a sub-network.
 
@@ -138,7 +138,7 @@ def branch_fraction(spec: ViTSpec, widths: SubnetSpec) -> float:
     return (macs(spec, widths) - ends) / (macs(spec) - ends)
 
 
-def readable(count: int) -> str:
+def readable(count: float) -> str:
     """A count for a table: `1.254G`, `93.2M`, `512`."""
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if count >= size * (1 - 5e-5):  # what rounds to a thousand of the next

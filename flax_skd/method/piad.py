@@ -186,7 +186,7 @@ def level_for(
     """
     if math.isnan(limit):
         raise ValueError("a budget of nan: give a number.")
-    smallest = 0
+    smallest = 0.0
     for level in range(int(dropout_list.levels) + 1):
         smallest = cost(spec, dropout_list.widths(level, spec))
         if smallest <= limit:

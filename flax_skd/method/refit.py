@@ -59,7 +59,7 @@ def _traced(repair: Repair, kernel: Array, bias: Array, width: Array):
     return new, bias.astype(jnp.float32) + lost
 
 
-def on_host(repair: Repair, kernel: Array, bias: Array, width: int):
+def on_host(repair: Repair, kernel: Any, bias: Any, width: int):
     """As `traced`, in numpy, from the rows and columns that a known cut leaves.
 
     Lc[:m, :m]^T X = Lc[m:, :m]^T W[m:]; W(m) = W[:m] + X.

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import operator
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -183,7 +183,7 @@ class ViTSpec:
     @classmethod
     def named(
         cls, name: str, *, image_size: int = 224, num_classes: int = 1000
-    ) -> Self:
+    ) -> "ViTSpec":
         """A plain ViT of a published size: `Ti/16`, `B/32`, `H/14`; no extras.
 
         Args:
@@ -246,7 +246,9 @@ class SubnetSpec(NamedTuple):
     mlp_dim: Any
 
     @classmethod
-    def uniform(cls, spec: ViTSpec, qk_dim: int, vo_dim: int, mlp_dim: int) -> Self:
+    def uniform(
+        cls, spec: ViTSpec, qk_dim: int, vo_dim: int, mlp_dim: int
+    ) -> "SubnetSpec":
         """The same widths in every block."""
         return cls(*((w,) * spec.depth for w in (qk_dim, vo_dim, mlp_dim))).check(spec)
 

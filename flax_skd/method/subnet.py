@@ -138,7 +138,7 @@ def extract(params: Params, widths: SubnetSpec) -> Params:
     for i, (qk, vo, mlp) in enumerate(zip(*widths)):
         block = params.get(f"block_{i}", {})  # none of a block that was removed whole
         _check_widths(block, i, qk, vo, mlp)
-        kept = {}
+        kept: Params = {}
         if vo:
             kept |= _branch(block, "attn", 1, _cut_attention(block["attn"], qk, vo))
         if mlp:

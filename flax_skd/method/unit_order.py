@@ -1,7 +1,7 @@
 """Orders of hidden units from their covariance and their output weights.
 
-Every order has one signature, (covariance [M, M], w2 [M, D], metric=..., ridge=...) ->
-indices [M], what is kept longest first, so that tables compare them.
+Every order has one signature, (covariance [M, M], w2 [M, D], ridge=...) -> indices [M],
+what is kept longest first, so that tables compare them.
 """
 
 import functools
@@ -20,36 +20,26 @@ _DEAD = 1e-10  # of the largest variance: the rounding of a constant feature
 _TIE = 1e-5  # relative: the rounding of a score
 
 
-def _weighted(w2: Any, metric: Any) -> np.ndarray:
-    """W_2 F^1/2 in float64, [M, D]: squared row norms are losses under the metric."""
-    w2 = np.asarray(w2, np.float64)
-    return w2 if metric is None else w2 @ np.asarray(metric, np.float64)
-
-
 def _falling(scores: np.ndarray) -> np.ndarray:
     return np.argsort(-scores, kind="stable")
 
 
-def variance(
-    covariance: Any, w2: Any, *, metric: Any = None, ridge: float = RIDGE
-) -> np.ndarray:
+def variance(covariance: Any, w2: Any, *, ridge: float = RIDGE) -> np.ndarray:
     """Units by falling variance, as variance-based pruning cuts them.
 
     Args:
       covariance: [M, M] of the hidden units, centred.
       w2: [M, D], not looked at.
-      metric, ridge: not looked at.
+      ridge: not looked at.
 
     Returns:
       Indices [M]; equal variances keep their order.
     """
-    del w2, metric, ridge
+    del w2, ridge
     return _falling(np.asarray(covariance).diagonal())
 
 
-def variance_weight(
-    covariance: Any, w2: Any, *, metric: Any = None, ridge: float = RIDGE
-) -> np.ndarray:
+def variance_weight(covariance: Any, w2: Any, *, ridge: float = RIDGE) -> np.ndarray:
     """Units by falling variance times squared norm of their output weights.
 
     The error of cutting one unit whose mean is folded and which nothing predicts.
@@ -57,29 +47,23 @@ def variance_weight(
     Args:
       covariance: [M, M] of the hidden units, centred.
       w2: [M, D].
-      metric: F^1/2 [D, D] of errors of the output, symmetric; None for the identity.
       ridge: not looked at.
 
     Returns:
       Indices [M]; equal scores keep their order.
     """
     del ridge
-    norms = np.square(_weighted(w2, metric)).sum(1)
+    norms = np.square(np.asarray(w2, np.float64)).sum(1)
     return _falling(np.asarray(covariance, np.float64).diagonal() * norms)
 
 
 def greedy(
-    covariance: Any,
-    w2: Any,
-    *,
-    metric: Any = None,
-    ridge: float = RIDGE,
-    block: int = 64,
+    covariance: Any, w2: Any, *, ridge: float = RIDGE, block: int = 64
 ) -> np.ndarray:
     """Units in the reverse of greedy backward elimination with re-fitting.
 
     At each step the unit goes whose removal costs least once all others have been
-    re-fitted, argmin_i |w_i F^1/2|^2 / [S^-1]_ii with W the re-fitted rows; then
+    re-fitted, argmin_i |w_i|^2 / [S^-1]_ii with W the re-fitted rows; then
     W -= S^-1[:, i] w_i / [S^-1]_ii, and S^-1 is downdated by the same rank one
     (docs/method.md). Rank-one updates are gathered and applied `block` at a time; when
     half of the units have gone, the rest starts anew from its own S^-1, computed on the
@@ -91,7 +75,6 @@ def greedy(
     Args:
       covariance: [M, M] of the hidden units, centred, of any rank.
       w2: [M, D].
-      metric: F^1/2 [D, D] of errors of the output, symmetric; None for the identity.
       ridge: makes S positive definite, as in `moments.regularised`.
       block: removals between two updates of the whole arrays; of speed alone.
 
@@ -111,21 +94,18 @@ def greedy(
             f"a covariance of shape {covariance.shape} for {size} rows of output "
             f"weights: it must be ({size}, {size})."
         )
-    weighted = _weighted(w2, metric)
-    if not (np.isfinite(covariance).all() and np.isfinite(weighted).all()):
-        raise ValueError("covariance, w2 and metric must be finite: look for NaN.")
+    if not (np.isfinite(covariance).all() and np.isfinite(w2).all()):
+        raise ValueError("covariance and w2 must be finite: look for NaN.")
     spread = covariance.diagonal()
     dead = spread <= _DEAD * spread.max()
     moment = regularised(covariance, ridge)
-    factor_of(
-        covariance, ridge, "order of hidden units"
-    )  # fails where S is not positive
+    factor_of(covariance, ridge, "order of hidden units")  # fails where S is no moment
     kept, removed = np.flatnonzero(~dead), [*np.flatnonzero(dead)[::-1]]
     while len(kept):
         count = len(kept) if len(kept) <= _SMALLEST_STAGE else len(kept) // 2
         inverse = np.linalg.inv(moment[np.ix_(kept, kept)])
         # What is left predicts what has gone: the re-fitted rows, afresh.
-        rows = inverse @ (moment[kept] @ weighted)
+        rows = inverse @ (moment[kept] @ w2)
         # A scale common to all scores changes nothing and keeps float32 in its range.
         steps = min(block, len(kept))
         out = _stage(

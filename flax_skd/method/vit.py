@@ -28,7 +28,7 @@ _embed_init = nn.initializers.normal(0.02)
 
 
 class BlockMasks(NamedTuple):
-    """Multipliers of one block, shared ([d]) or one row an example ([B, d]).
+    """Multipliers of one block, shared or one row an example; None for all ones.
 
     Attributes:
       qk: [d] or [B, d], of the dims of queries (and so of keys) in every head.
@@ -38,11 +38,11 @@ class BlockMasks(NamedTuple):
         0 also silences the branch's biases. Stochastic depth is a random gate.
     """
 
-    qk: Array
-    vo: Array
-    mlp: Array
-    attn_gate: Array
-    mlp_gate: Array
+    qk: Array | None = None
+    vo: Array | None = None
+    mlp: Array | None = None
+    attn_gate: Array | None = None
+    mlp_gate: Array | None = None
 
 
 class Block(nn.Module):
@@ -60,7 +60,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Array, masks: BlockMasks | None = None, taps: Taps | None = None
     ) -> Array:
-        masks = masks or BlockMasks(*(None,) * 5)
+        masks = masks or BlockMasks()
         tap = functools.partial(taps, self.index) if taps else lambda name, f: f
         for branch, gate, number in (
             (self._attn, masks.attn_gate, 1),

@@ -107,15 +107,16 @@ def accuracy(found: Sweep, network: Subnet, *, name: str) -> dict[str, Any] | No
         )
         return None
     spec, widths = network.spec, network.widths
-    wanted = name, facts.get("level"), macs.macs(spec, widths)
-    wanted += (macs.param_count(spec, widths),)
-    for row in found.rows if facts.get("level") is not None else ():
+    level = facts.get("level")
+    counts = macs.macs(spec, widths), macs.param_count(spec, widths)
+    wanted = (name, level, *counts)
+    for row in found.rows if level is not None else ():
         if tuple(row[k] for k in ("criterion", "level", "macs", "params")) == wanted:
             other = {} if found.dtype == "float32" else {"dtype": found.dtype}
             return {key: row[key] for key in _COLUMNS} | other
     _LOG.warning(
         "no accuracy: %s has no row of %r at level %s with these sizes.",
-        *(found.path, name, facts.get("level")),
+        *(found.path, name, level),
     )
     return None
 

@@ -127,10 +127,7 @@ def calibrate(
     hidden_every: int = 1,
 ) -> statistics.Statistics:
     """The statistics pass over the mesh, with a progress bar."""
-    mesh = sharding.mesh()
-    spec = network.spec
-    cost = costs.cost_named(cost, spec.num_classes)
-    model = ViT(spec, dtype=dtype)
+    mesh, spec = sharding.mesh(), network.spec
     with feed.progress("statistics", batches.num_examples) as bar:
 
         def counted():
@@ -139,10 +136,10 @@ def calibrate(
                 bar.update(min(len(batch["weight"]), bar.total - bar.n))
 
         found = statistics.collect(
-            model,
+            ViT(spec, dtype=dtype),
             sharding.gathered(network.params, mesh),
             counted(),
-            cost=cost,
+            cost=costs.cost_named(cost, spec.num_classes),
             weightings=weightings,
             moments=moments,
             hidden_every=hidden_every,

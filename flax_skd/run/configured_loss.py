@@ -1,6 +1,7 @@
 """The model and the loss that a training config asks for."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -89,7 +90,7 @@ def compiled_sizes(
 
 def _piad_cut(options: Any, spec: ViTSpec, groups: growth.Groups) -> CutOf:
     """What a step drops: a level of the list, or a variant of the ablation."""
-    draws = {
+    draws: dict[str, Callable[..., jax.Array]] = {
         "uniform": piad.sample_level,
         "macs": functools.partial(piad.sample_level_by_macs, spec=spec),
     }

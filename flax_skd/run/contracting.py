@@ -173,7 +173,7 @@ def _check_reach(config: Any, spec: ViTSpec) -> None:
     options = config.list
     if options.kind == "uniform":
         return
-    cost = macs.macs
+    cost: Callable[..., float] = macs.macs
     if options.kind == "importance":
         importance.sensitivity_named(options.sensitivity, spec.num_classes)
     else:

@@ -109,8 +109,8 @@ def random_branches(spec: ViTSpec, *, rate: float = 0.2) -> CutOf:
         del batch_size
         on = jax.random.bernoulli(rng, 1 - rate, prices.shape).astype(jnp.float32)
         share = 1 - ((1 - on) * prices).sum()
-        gates = on.reshape(2, spec.depth)
-        masks = tuple(BlockMasks(None, None, None, *pair) for pair in gates.T)
+        attn, mlp = on.reshape(2, spec.depth)
+        masks = tuple(BlockMasks(attn_gate=a, mlp_gate=m) for a, m in zip(attn, mlp))
         return params, masks, _metrics(state.extra.dropout_list, share)
 
     return cut_of

@@ -1,11 +1,12 @@
 """Accuracy of sub-networks, and the sweep over cuts or levels to a table."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from flax_skd.io import checked
 from flax_skd.method import compensation, losses, macs, subnet
 from flax_skd.method.compensation import Compensation
 from flax_skd.method.piad import DropoutList
@@ -128,7 +129,7 @@ def evaluate(
     model: ViT,
     params: Params,
     batches: Iterable[dict[str, Any]],
-    widths: list[SubnetSpec | None],
+    widths: Sequence[SubnetSpec | None],
     *,
     repairs: Compensation | None = None,
     progress: Callable[[int], Any] = lambda images: None,
@@ -187,7 +188,7 @@ def row(criterion: str, spec: ViTSpec, cut: Cut, score: Score) -> dict[str, Any]
     """One line of the sweep's table, keys as in `COLUMNS`."""
     values = (
         *(criterion, cut.cut, cut.kept, cut.level),
-        *(macs.macs(spec, cut.widths, c) for c in macs.CONVENTIONS),
+        *checked.macs_of(spec, cut.widths).values(),
         macs.param_count(spec, cut.widths),
         *(round(x, 4) for x in score[:4]),
         score.images,

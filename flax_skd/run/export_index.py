@@ -14,8 +14,10 @@ SCRIPT = "finish_onnx.sh"  # where something is left to do
 Rows = list[dict[str, Any]]
 # In the folders of an export, whatever its formats.
 _NAMES = {*model_card.FILES, *(n for f in writers.FORMATS.values() for n in f.files)}
-_HEADINGS = ("budget", "level", "MACs (full count)", "MACs (paper's)", "parameters")
-_HEADINGS += ("top-1 %", "format", "bytes", "MACs of padding")
+_HEADINGS = (
+    *("budget", "level", "MACs (full count)", "MACs (paper's)", "parameters"),
+    *("top-1 %", "format", "bytes", "MACs of padding"),
+)
 
 
 def written_before(target: pathlib.Path) -> tuple[str, ...]:

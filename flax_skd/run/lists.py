@@ -111,7 +111,7 @@ def by_loss(
     target: float,
     repairs: Compensation | None = None,
     share: float = 0.25,
-    kinds: dict[str, tuple[str, ...]] = allocation.SEPARATE,
+    kinds: allocation.Kinds = allocation.SEPARATE,
     groups: growth.Groups = allocation.GROUPS,
     cost: Callable[..., float] = macs.macs,
 ) -> DropoutList:
@@ -127,7 +127,7 @@ def by_loss(
     """
 
     def losses(many):
-        scores = evaluate.evaluate(model, params, batches, list(many), repairs=repairs)
+        scores = evaluate.evaluate(model, params, batches, many, repairs=repairs)
         return [score.kl for score in scores]
 
     def report(done: allocation.Round) -> None:

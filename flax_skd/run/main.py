@@ -167,8 +167,8 @@ def _values(name: str, arguments: list[str]) -> flags.FlagValues:
         return parse(name, arguments)
     except (AttributeError, KeyError) as error:
         # ml_collections raises either for an entry that a locked config lacks.
-        entry, *hint = str(error.args[0]).strip("\"'").replace("\\n", "\n").split("\n")
-        hint = f" {hint[0]}" if hint else ""
+        entry, *hints = str(error.args[0]).strip("\"'").replace("\\n", "\n").split("\n")
+        hint = f" {hints[0]}" if hints else ""
         path, others = _split_config(arguments, f"configs/{COMMANDS[name].config}")
         raise ValueError(
             f"no entry {_entry(_bare(entry), others)!r} in {path}; flax-skd {name} "

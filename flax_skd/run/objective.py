@@ -82,7 +82,7 @@ def drop_path_masks(
     chances = jnp.linspace(0.0, rate, depth)[:, None, None]
     kept = jax.random.bernoulli(rng, 1 - chances, (depth, 2, batch_size))
     gates = jnp.where(kept, 1 / (1 - chances), 0.0)
-    masks = masks or (BlockMasks(*(None,) * 5),) * depth
+    masks = masks or (BlockMasks(),) * depth
 
     def times(gate, other):
         return gate if other is None else gate * other

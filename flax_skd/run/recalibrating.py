@@ -17,6 +17,7 @@ from flax_skd.method.vit import Array, Params, ViT
 
 _LOG = logging.getLogger(__name__)
 Batches = Iterable[dict[str, Any]]
+_BATCH = 50  # images of a pass at once
 
 
 class Recalibrated(NamedTuple):
@@ -90,23 +91,21 @@ def recalibrated(
     if spec.num_classes:
         found |= _heads_corrected(model, network.params, found, masks, batches)
     kl = _divergences(model, network.params, found, masks, held_out)
-    chosen = min(kl, key=kl.get)
+    chosen = min(kl, key=kl.__getitem__)
     told = ", ".join(f"{name} {value:.4f}" for name, value in kl.items())
     _LOG.info("recalibration, KL on images held out: %s; chosen: %s", told, chosen)
     return Recalibrated(jax.device_get(found[chosen]), kl, chosen)
 
 
 def fitted_to(
-    description: str, *, images: int = 1000, batch_size: int = 50, seed: int = 0
+    description: str, *, images: int = 1000
 ) -> Callable[[Supernet, SubnetSpec], Recalibrated]:
     """`recalibrated` by the images of a source, a fifth of them held out.
 
     Args:
       description: as of `sources.open_source`; no label is read, and images that do
         not decode are logged and passed over.
-      images: at most so many, chosen by `seed`.
-      batch_size: of the passes.
-      seed: of the choice.
+      images: at most so many, the same ones every time.
 
     Raises:
       ValueError: if the source does not serve or has fewer than ten images.
@@ -117,7 +116,7 @@ def fitted_to(
         raise ValueError(
             f"{description}: {count} images; give at least ten, better a thousand."
         )
-    order = np.random.default_rng(seed).permutation(len(source))[:count]
+    order = np.random.default_rng(0).permutation(len(source))[:count]
     parts = order[count // 5 :], order[: count // 5]
 
     def fit(network: Supernet, widths: SubnetSpec) -> Recalibrated:
@@ -125,7 +124,7 @@ def fitted_to(
             data.eval_batches(
                 source,
                 network.spec,
-                batch_size=min(batch_size, len(part)),
+                batch_size=min(_BATCH, len(part)),
                 on_bad_image="skip",
                 indices=[*map(int, part)],
             )

@@ -29,7 +29,7 @@ def cuts_of(
         raise ValueError(f"every = {every} must be at least 1.")
     spec = supernet.spec
     full = evaluate.Cut("all", 1.0, 0, SubnetSpec.full(spec))
-    rows = [full]
+    rows = []
     shares = commands.shares("kept", kept)
     levels = supernet.dropout_list
     for cut in commands.listed(cuts):
@@ -40,13 +40,13 @@ def cuts_of(
             rows += [_within(spec, levels, share) for share in shares]
         else:
             rows += [evaluate.fixed_cut(spec, cut, share) for share in shares]
-    rows = dict.fromkeys(r for r in rows if r is full or r.widths != full.widths)
-    if len({r.level is None for r in rows if r.cut == "all" and r is not full}) > 1:
+    others = list(dict.fromkeys(r for r in rows if r.widths != full.widths))
+    if len({r.level is None for r in others if r.cut == "all"}) > 1:
         raise ValueError(
             f"cuts = {cuts!r}: 'all' cuts every block alike, levels and budgets are of "
             "the list, and one line would join them: sweep them into two folders, --out."
         )
-    return [*rows]
+    return [full, *others]
 
 
 def _within(spec: ViTSpec, levels: DropoutList, share: float) -> evaluate.Cut:

@@ -74,9 +74,9 @@ def paired(
         shift = turn * len(others) // rounds  # nobody always comes first
         for name in others[shift:] + others[:shift]:
             pair = (against, name) if turn % 2 else (name, against)
-            found = {p: _timed(programs[p], calls[p], ahead, clock) for p in pair}
-            base.append(found[against])
-            ratios[name].append(found[name] / found[against])
+            both = {p: _timed(programs[p], calls[p], ahead, clock) for p in pair}
+            base.append(both[against])
+            ratios[name].append(both[name] / both[against])
             progress(1)
         if not others:
             base.append(_timed(programs[against], calls[against], ahead, clock))

@@ -40,7 +40,7 @@ def convert(network: Subnet) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     params, spec = folding.position_for_every_token(params, spec)
     params, spec = folding.norm_of_every_token(params, spec)
     prefix = [params.pop("register_tokens")] if spec.registers else []
-    flat = folding.flat(_with_biases(params))
+    flat = tensor_layout.flattened(_with_biases(params))
     named = tensor_layout.named("jax", flat, spec)
     if prefix:
         cls = [named["cls"][0]] if spec.class_token else []
@@ -74,8 +74,10 @@ def _with_biases(params: Params) -> Params:
 
 
 def _config(spec: ViTSpec, widths: Any) -> dict[str, Any]:
-    names = ("patch_size", "width", "num_heads", "num_classes", "pool", "pre_logits")
-    names += ("gelu", "norm_eps")
+    names = (
+        *("patch_size", "width", "num_heads", "num_classes", "pool", "pre_logits"),
+        *("gelu", "norm_eps"),
+    )
     return {
         **{name: getattr(spec, name) for name in names},
         "prefix_tokens": spec.num_prefix,

@@ -1,6 +1,5 @@
 """What other attention code needs of a cut network, done to its parameters, exactly."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -133,27 +132,10 @@ def without_patch_bias(params: Params, spec: ViTSpec) -> Params:
     return {**params, "patch_embed": patch, "pos_embed": table}
 
 
-def flat(params: Params) -> dict[str, np.ndarray]:
-    """The tree by paths, attention kernels as matrices: what the key tables take."""
-    out: dict[str, np.ndarray] = {}
-    for keys, x in jax.tree_util.tree_flatten_with_path(params)[0]:
-        path = "/".join(key.key for key in keys)
-        if "/attn/" in path:
-            x = _without_heads(path, x)
-        out[path] = x
-    return out
-
-
-def _without_heads(path: str, x: np.ndarray) -> np.ndarray:
-    if path.endswith("out/kernel"):
-        return x.reshape(-1, x.shape[-1])
-    if path.endswith("kernel"):
-        return x.reshape(x.shape[0], -1)
-    return x.reshape(-1)
-
-
 def preprocessing(spec: ViTSpec) -> dict[str, Any]:
     """What every format states of its images, as JSON holds it."""
-    names = ("image_size", "in_channels", "mean", "std")
-    names += ("crop_fraction", "crop_mode", "interpolation")
-    return {k: v for k, v in dataclasses.asdict(spec).items() if k in names}
+    names = (
+        *("image_size", "in_channels", "mean", "std"),
+        *("crop_fraction", "interpolation", "crop_mode"),
+    )
+    return {name: getattr(spec, name) for name in names}

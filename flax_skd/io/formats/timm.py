@@ -44,8 +44,7 @@ def convert(network: Subnet) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         params, spec = folding.norm_of_every_token(params, spec)
     if spec.pre_norm:  # timm has no bias in front of norm_pre
         params = folding.without_patch_bias(params, spec)
-    flat = folding.flat(params)
-    named = tensor_layout.named("timm", flat, spec)
+    named = tensor_layout.named("timm", tensor_layout.flattened(params), spec)
     return named, _config(spec, padded.widths)
 
 
