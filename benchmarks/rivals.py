@@ -21,6 +21,7 @@ from typing import Any
 
 import ablation
 import rival_times
+import tables
 
 from flax_skd.io import checkpoint
 from flax_skd.io.extras import require
@@ -286,14 +287,11 @@ def main() -> None:
     times = _times(benches[0], systems, args.rounds) if args.rounds else {}
     text = markdown(found, times)
     print(text)
+    flags = {k: v for k, v in vars(args).items() if k not in DIRECTORIES}
+    rows = {"systems": found, "time_over_dense": times, "flags": flags}
+    tables.write(args.out, "rivals", rows, text)
     if args.out:
-        out = pathlib.Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        flags = {k: v for k, v in vars(args).items() if k not in DIRECTORIES}
-        rows = {"systems": found, "time_over_dense": times, "flags": flags}
-        (out / "rivals.json").write_text(json.dumps(rows, indent=1) + "\n")
-        (out / "rivals.md").write_text(text + "\n")
-        figure(found).savefig(out / "rivals.png", dpi=150)
+        figure(found).savefig(pathlib.Path(args.out) / "rivals.png", dpi=150)
 
 
 if __name__ == "__main__":
