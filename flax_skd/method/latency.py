@@ -123,8 +123,9 @@ def bent(time: float, points: Anchors) -> float:
 def anchors(pairs: Iterable[tuple[float, float]]) -> Anchors:
     """The anchors of networks that were measured.
 
-    Where a network of a larger sum took less, both get the mean of theirs, but for a
-    thousandth of the sum: a cut always saves something.
+    Where a network with a larger sum took less time than one with a smaller, both get
+    the mean of their times, but for a thousandth of their sums: a cut always saves
+    something.
 
     Args:
       pairs: (sum over the branches, measured), seconds of one network each.
@@ -164,8 +165,8 @@ def fit(networks: Sequence[SubnetSpec], times: Sequence[float]) -> Latency:
     and a list can be made by latency.
 
     Args:
-      networks: widths that were measured; `latency_design.design` makes a set that tells all
-        coefficients apart.
+      networks: widths that were measured; `latency_design.design` makes a set that
+        tells all coefficients apart.
       times: seconds of each.
 
     Raises:

@@ -59,8 +59,8 @@ def check_same(
 ) -> None:
     """Refuses a sweep of another network than the one that is exported.
 
-    Where one of both sums is not known there is a warning, and rows are still taken by
-    their sizes: older sweeps and sub-networks have none.
+    Older sweeps and sub-networks do not state their sum. Then there is a warning, and
+    rows are still taken by their sizes.
 
     Args:
       found: the sweep.

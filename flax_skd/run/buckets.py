@@ -1,10 +1,10 @@
 """PIAD in a few compiled sizes: a step computes little more than the level it drew.
 
-The masked step computes the whole network at every level. Here the host draws the level.
-Parameters are cut for it by one program (`objective.cut_params`), and their gradient is
-taken by another, compiled for the widths of the largest level of a bucket of them, a
-little rounded up (`coarse`). A list only grows at its end, so a bucket, once it is there,
-keeps its widths: as many compilations as buckets, however long the run.
+The masked step computes the whole network at every level. Here the levels lie in a few
+buckets, and the host draws the level of a step. One program cuts the parameters to it
+(`objective.cut_params`). Another takes their gradient: it is compiled for the largest
+level of the bucket, its widths a little rounded up (`coarse`). A list only grows at its
+end, so a bucket keeps its widths: as many compilations as buckets, however long the run.
 """
 
 import functools

@@ -101,9 +101,10 @@ class OnMesh:
 
 
 class InTurn:
-    """As `OnMesh`, with so many images each time, the next ones, and round again.
+    """As `OnMesh`, but every iteration reads the next few images alone, and so on.
 
-    What is chosen by few images anew in every round does not learn these few by heart.
+    A list that is measured on few images would be fitted to them; here every round of
+    measuring sees others.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class InTurn:
         images: int,
         seed: int,
     ):
-        """Of all the images of `batches`, in an order of their own."""
+        """So many `images` at a time, of all those of `batches` in a random order."""
         self._batches, self._mesh, self._images = batches, mesh, images
         self._order = np.random.default_rng(seed).permutation(batches.indices)
         self._read = 0

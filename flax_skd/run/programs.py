@@ -200,7 +200,7 @@ def _stages(config: Any) -> int:
 
 
 def _grower(config: Any, model: ViT, groups: growth.Groups, stages: int):
-    """`before_epoch` of PIAD: measure at the smallest level, append what it bears."""
+    """`before_epoch` of PIAD: `lists.grown`, as long as there are stages."""
     spec, options = model.spec, config.piad
     batches = feed.batches_of(feed.calibration_of(config), spec, seed=config.seed)
     mesh = sharding.mesh(config.mesh)

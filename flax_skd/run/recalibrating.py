@@ -25,9 +25,9 @@ class Recalibrated(NamedTuple):
 
     Attributes:
       params: full-shaped; `subnet.extract` cuts them.
-      kl: to the full network on the images held out, by what was tried, in the order
-        tried; "stored" is the network as it was.
-      chosen: the key of the least.
+      kl: mean divergence from the full network on the images held out, of every
+        network that was tried, in this order; "stored" is the network as it was.
+      chosen: the key of the smallest.
     """
 
     params: Params
