@@ -177,9 +177,8 @@ def _between(system: str, networks: list[pathlib.Path]):
             (s for s in sizes if macs.macs(*s[1:]) > limit),
             key=lambda size: macs.macs(*size[1:]),
         )
-    alike = piad.uniform(spec, steps=64)
-    for level in range(int(alike.levels) + 1):
-        both = zip(larger[2], alike.widths(level, spec), strict=True)
+    for alike in piad.uniform(spec, steps=64).all_widths(spec):
+        both = zip(larger[2], alike, strict=True)
         widths = SubnetSpec(*(tuple(map(min, a, b)) for a, b in both))
         if macs.macs(spec, widths) <= limit:
             return _cut(larger[0], spec, widths)

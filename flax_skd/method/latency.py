@@ -232,16 +232,16 @@ def in_lanes(
         raise ValueError(f"lanes {attn_lane} and {mlp_lane} must be at least 1.")
     full = SubnetSpec.full(spec)
     lanes = (attn_lane, attn_lane, mlp_lane)
-    rows = [
-        SubnetSpec(
+
+    def rounded(widths):
+        return SubnetSpec(
             *(
                 tuple(round_up(w, size[0], lane) for w in field)
                 for field, size, lane in zip(widths, full, lanes)
             )
         )
-        for level in range(int(dropout_list.levels) + 1)
-        for widths in [dropout_list.widths(level, spec)]
-    ]
+
+    rows = [rounded(widths) for widths in dropout_list.all_widths(spec)]
     return piad.from_rows(rows, spec, max_levels=len(dropout_list.qk_dim) - 1)
 
 

@@ -33,6 +33,11 @@ class Sweep(NamedTuple):
     dtype: str = "float32"
 
 
+def name_of(facts: Mapping[str, Any]) -> str:
+    """What the rows of a sweep call a super-network, by its provenance."""
+    return facts.get("trained", facts.get("criterion", "as trained"))
+
+
 def read(path: str) -> Sweep:
     """The rows of a `sweep.json`, and of which networks they are.
 

@@ -99,8 +99,7 @@ def starts(
     dropout_list: DropoutList, spec: ViTSpec, shares: tuple[float, ...]
 ) -> list[int]:
     """First levels of the buckets a list has: 0, and the first within each share."""
-    levels = range(int(dropout_list.levels) + 1)
-    cost = [macs.macs(spec, dropout_list.widths(level, spec)) for level in levels]
+    cost = [macs.macs(spec, widths) for widths in dropout_list.all_widths(spec)]
     found: dict[int, Any] = {0: None}
     for share in shares:
         inside = [i for i, c in enumerate(cost) if c <= share * cost[0]]

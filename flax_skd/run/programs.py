@@ -151,8 +151,7 @@ def piad_program(config: Any, supernet: Supernet) -> Program:
         return {"full": None, "smallest": last}
 
     def save(directory, params, extra, facts):
-        levels = extra.dropout_list
-        rows = [levels.widths(s, spec) for s in range(int(levels.levels) + 1)]
+        rows = extra.dropout_list.all_widths(spec)
         network = supernet._replace(
             params=params,
             dropout_list=piad.from_rows(rows, spec),

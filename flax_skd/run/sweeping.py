@@ -15,7 +15,15 @@ from flax_skd.method import piad
 from flax_skd.method.piad import DropoutList
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
-from flax_skd.run import commands, evaluate, feed, report, sharding, time_budget
+from flax_skd.run import (
+    accuracies,
+    commands,
+    evaluate,
+    feed,
+    report,
+    sharding,
+    time_budget,
+)
 from flax_skd.run.accuracies import ASKED
 
 _LOG = logging.getLogger(__name__)
@@ -64,8 +72,7 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
             f"{workdir} has no head, and a sweep counts images of the right class: give "
             "a network with one."
         )
-    facts = main.provenance
-    name = facts.get("trained", facts.get("criterion", "as trained"))
+    name = accuracies.name_of(main.provenance)
     paths, supernets = {name: workdir}, {name: main}
     for name in commands.listed(config.compare):
         paths[name] = f"{workdir}-{name}"
