@@ -254,7 +254,7 @@ class SubnetFamily:
 
 
 class _Programs:
-    """At most so many compiled programs; the one not used for longest goes first."""
+    """At most `most` compiled programs; the one not used for longest goes first."""
 
     def __init__(self, most: int):
         if most < 2:

@@ -35,9 +35,9 @@ def unlabelled(section: Any, spec: ViTSpec) -> sources.Source:
 def open_images(
     section: Any, spec: ViTSpec, *, seed: int = 0, opened: Opened = labelled
 ) -> sources.Source:
-    """The source that the `data` section of a config names, `opened` so.
+    """The source that the `data` section of a config names, opened by `opened`.
 
-    Where `section.images` is not 0, so many of its images, chosen by `seed`.
+    Unless `section.images` is 0, that many of its images, chosen by `seed`.
     """
     if not section.source:
         raise ValueError(
@@ -115,7 +115,7 @@ class InTurn:
         images: int,
         seed: int,
     ):
-        """So many `images` at a time, of all those of `batches` in a random order."""
+        """Reads `images` of the images of `batches` at a time, in a random order."""
         self._batches, self._mesh, self._images = batches, mesh, images
         self._order = np.random.default_rng(seed).permutation(batches.indices)
         self._read = 0

@@ -105,7 +105,7 @@ def fitted_to(
     Args:
       description: as of `sources.open_source`; no label is read, and images that do
         not decode are logged and passed over.
-      images: at most so many, the same ones every time.
+      images: the most to take, the same ones every time.
 
     Raises:
       ValueError: if the source does not serve or has fewer than ten images.
