@@ -11,10 +11,11 @@ With `--start=docs/networks/cifar10_ti16_64px --alone=` the network is a pre-tra
 
 import argparse
 import fractions
-import json
 import logging
 import pathlib
 import statistics
+
+import tables
 
 from flax_skd.io import checkpoint, data, sources
 from flax_skd.io.checkpoint import Supernet
@@ -191,11 +192,7 @@ def main() -> None:
     for seed in range(args.seeds):
         found.append(of_seed(Bench(args, seed), variants, alone))
         print(table(found), flush=True)
-    if args.out:
-        out = pathlib.Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "ablation.json").write_text(json.dumps(found, indent=1) + "\n")
-        (out / "ablation.md").write_text(table(found) + "\n")
+    tables.write(args.out, "ablation", found, table(found))
 
 
 if __name__ == "__main__":

@@ -14,14 +14,12 @@ in --work already are not taken again.
 
 import argparse
 import functools
-import json
 import logging
-import pathlib
 from collections.abc import Callable, Iterator
 
-import harness as common
 import rival_forms
-from harness import Harness
+import tables
+from harness import HEAD, Harness, line, row
 from variants import OURS, PARTS, WPAC, Cuts, Row, corp_of, of_recipe
 
 from flax_skd.io.checkpoint import Supernet
@@ -31,8 +29,6 @@ from flax_skd.run import recalibrating
 from flax_skd.run.recipes import Recipe
 
 BUDGETS = (10 / 12, 8 / 12, 6 / 12, 4 / 12)
-
-
 LISTS = {"importance": {"images": 64, "stages": 4}, "loss": {"images": 32, "cuts": 0.5}}
 
 
@@ -177,10 +173,10 @@ def main() -> None:
                 print(f"{cut}, {share:.3f}, {name}: {error}", flush=True)
                 continue
             first = firsts.setdefault((cut, share), scores)
-            rows.append(common.row(cut, share, name, scores, first))
-            print(common.line(rows[-1]), flush=True)
-        if args.out:
-            _write(pathlib.Path(args.out) / f"closed_forms_{table}", rows)
+            rows.append(row(cut, share, name, scores, first))
+            print(line(rows[-1]), flush=True)
+        text = "\n".join([HEAD, *map(line, rows)])
+        tables.write(args.out, f"closed_forms_{table}", rows, text)
 
 
 def _moments(tables: str) -> tuple[str, ...]:
@@ -188,13 +184,6 @@ def _moments(tables: str) -> tuple[str, ...]:
     if "parts" in tables.split(","):
         return (*second_moments.WEIGHTINGS, second_moments.ATTENDED)
     return tuple(second_moments.WEIGHTINGS)
-
-
-def _write(stem: pathlib.Path, rows: list[dict]) -> None:
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-    table = "\n".join([common.HEAD, *map(common.line, rows)])
-    stem.with_suffix(".md").write_text(table + "\n")
 
 
 if __name__ == "__main__":

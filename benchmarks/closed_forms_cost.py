@@ -12,12 +12,12 @@ large variant has, to see what one costs.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
-import pathlib
 import resource
 import time
+
+import tables
 
 ROWS = ("plain pass", "wpac", "ours")
 
@@ -25,8 +25,8 @@ ROWS = ("plain pass", "wpac", "ours")
 def measure(row: str, variant: str, depth: int, images: int, batch_size: int) -> dict:
     """Seconds of every stage and the peak memory of this process."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
+    import random_inputs
 
     from flax_skd.io.checkpoint import Supernet
     from flax_skd.method import (
@@ -40,23 +40,16 @@ def measure(row: str, variant: str, depth: int, images: int, batch_size: int) ->
         subnet,
     )
     from flax_skd.method.spec import ViTSpec
-    from flax_skd.method.vit import ViT, init
+    from flax_skd.method.vit import ViT
     from flax_skd.run import lists, recipes
 
     spec = ViTSpec.named(variant)
     spec = spec.replace(depth=depth or spec.depth)
-    params = jax.device_get(init(spec, jax.random.key(0)))
-    head = np.random.default_rng(1).normal(size=params["head"]["kernel"].shape)
-    params["head"]["kernel"] = (0.02 * head).astype(np.float32)
+    params = jax.device_get(random_inputs.params(spec))
     rng, model = np.random.default_rng(0), ViT(spec)
+    weight = np.ones(batch_size, np.float32)
     batches = [
-        {
-            "image": rng.integers(
-                0, 256, (batch_size, *(spec.image_size,) * 2, 3)
-            ).astype(np.uint8),
-            "label": rng.integers(0, 1000, batch_size).astype(np.int32),
-            "weight": np.ones(batch_size, np.float32),
-        }
+        {**random_inputs.batch(spec, batch_size, rng), "weight": weight}
         for _ in range(max(1, images // batch_size))
     ]
     found = {}
@@ -119,7 +112,7 @@ def measure(row: str, variant: str, depth: int, images: int, batch_size: int) ->
         level = piad.level_for(levels, spec, macs.macs(spec) // 2)
         widths = levels.widths(level, spec)
         repairs = jax.jit(compensation.repaired, static_argnums=1)
-        traced = type(widths)(*(jnp.asarray(w, jnp.int32) for w in widths))
+        traced = subnet.as_data(widths)
 
         def extracted():
             whole = repairs(turned.params, spec, turned.compensation, traced)
@@ -173,14 +166,11 @@ def main() -> None:
         f"\nIn brackets as a ratio to the plain pass. float32, batch {args.batch_size}, "
         f"{os.cpu_count()} cores."
     )
-    print("\n".join(lines))
-    if args.out:
-        size = args.variant.replace("/", "").lower()
-        name = f"closed_forms_cost_{size}" + (f"_{args.depth}" if args.depth else "")
-        stem = pathlib.Path(args.out) / name
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        stem.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-        stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    text = "\n".join(lines)
+    print(text)
+    size = args.variant.replace("/", "").lower()
+    name = f"closed_forms_cost_{size}" + (f"_{args.depth}" if args.depth else "")
+    tables.write(args.out, name, rows, text)
 
 
 if __name__ == "__main__":

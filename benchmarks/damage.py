@@ -22,26 +22,15 @@ from typing import Any
 
 import jax
 import numpy as np
+import tables
+from kill_and_resume import SPEC
 
 from flax_skd.io import augment, checkpoint, data, run_state, sources, whole_steps
 from flax_skd.io.extras import require
 from flax_skd.method import piad, subnet, vit
-from flax_skd.method.spec import SubnetSpec, ViTSpec
+from flax_skd.method.spec import SubnetSpec
 from flax_skd.run import train, updates
 
-SPEC = ViTSpec(
-    image_size=8,
-    patch_size=2,
-    width=16,
-    depth=2,
-    num_heads=2,
-    mlp_dim=32,
-    num_classes=10,
-    in_channels=1,
-    mean=(0.5,),
-    std=(0.5,),
-    crop_fraction=1.0,
-)
 KINDS = ("file named", "folder named", "other error", "same bits", "other bits")
 
 
@@ -204,12 +193,7 @@ def main() -> int:
         found = measure(pathlib.Path(work), args.places)
     text = table(found)
     print(text)
-    if args.out:
-        out = pathlib.Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        facts = {"places": args.places, **found}
-        (out / "damage.json").write_text(json.dumps(facts, indent=1) + "\n")
-        (out / "damage.md").write_text(text + "\n")
+    tables.write(args.out, "damage", {"places": args.places, **found}, text)
     counts = found["a step"]["counts"].values()
     return int(any(other or silent for *_, other, _, silent in counts))
 

@@ -7,10 +7,11 @@ Every seed trains its own network, contracts it and trains the super-network, as
 """
 
 import argparse
-import json
 import pathlib
 import statistics
 import tempfile
+
+import tables
 
 from flax_skd.io import checkpoint, data, sources
 from flax_skd.method.vit import ViT
@@ -66,12 +67,9 @@ def main() -> None:
         f"\nTop-1 in %, 450 test images of scikit-learn's digits, {args.seeds} seeds: "
         f"mean (least to most). {args.start} alone cuts all blocks alike."
     )
-    print("\n".join(lines))
-    if args.out:
-        out = pathlib.Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "demo_seeds.json").write_text(json.dumps(found, indent=1) + "\n")
-        (out / "demo_seeds.md").write_text("\n".join(lines) + "\n")
+    text = "\n".join(lines)
+    print(text)
+    tables.write(args.out, "demo_seeds", found, text)
 
 
 if __name__ == "__main__":

@@ -13,20 +13,21 @@ every page it touches, unless freed memory is kept:
 
 import argparse
 import functools
-import json
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+import random_inputs
 import rival_steps
-from rival_steps import DECAY, DTYPES, KEEP, RATE, Step, freed_memory, program
+import tables
+from rival_steps import DECAY, KEEP, RATE, Step, freed_memory, program
 
 from flax_skd.method import attention, macs, vit
 from flax_skd.method.spec import ViTSpec
 from flax_skd.run import objective, time_budget, timing, train
+from flax_skd.run.commands import DTYPES
 
 ATTENTION = {
     "fastest": attention.fastest_attention,
@@ -80,13 +81,8 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, dict]]:
     """Measure -> row -> times."""
     spec = ViTSpec.named(args.variant, image_size=args.image_size)
     spec = spec.replace(depth=args.depth or spec.depth)
-    rng = np.random.default_rng(0)
-    shape = (args.batch_size, spec.image_size, spec.image_size, 3)
-    batch = {
-        "image": rng.integers(0, 256, shape, np.uint8),
-        "label": rng.integers(0, spec.num_classes, args.batch_size, np.int32),
-    }
-    batch = jax.device_put(batch)
+    drawn = random_inputs.batch(spec, args.batch_size, np.random.default_rng(0))
+    batch = jax.device_put(drawn)
     rows = {"ours": ours(spec, batch, args)}
     for name in filter(None, args.rows.split(",")):
         rows[name] = rival_steps.plain(spec, batch, args, rival_steps.PLAIN[name])
@@ -161,14 +157,10 @@ def main() -> None:
     found = measure(args)
     text = markdown(found, args)
     print(text)
-    if args.out:
-        stem = pathlib.Path(args.out) / "dense_step"
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        flags = {k: v for k, v in vars(args).items() if k != "out"}
-        facts = {"rows": found, "cores": os.cpu_count(), "flags": flags}
-        facts["freed_memory"] = freed_memory()
-        stem.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-        stem.with_suffix(".md").write_text(text + "\n")
+    flags = {k: v for k, v in vars(args).items() if k != "out"}
+    facts = {"rows": found, "cores": os.cpu_count(), "flags": flags}
+    facts["freed_memory"] = freed_memory()
+    tables.write(args.out, "dense_step", facts, text)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import tempfile
 import time
 
 import numpy as np
+import tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 FORMATS = ("safetensors", "npz", "flax", "nnx", "timm", "jax_export", "onnx")
@@ -193,12 +194,9 @@ def main() -> None:
             f"| {name} | {middle['bytes']:,.0f} | {middle['load_s']:.2f} | "
             f"{middle['images_per_s']:.1f} | {middle['difference']:.1e} |"
         )
-    print("\n".join(lines))
-    if args.out:
-        stem = pathlib.Path(args.out) / "export_formats"
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-        stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    text = "\n".join(lines)
+    print(text)
+    tables.write(args.out, "export_formats", found, text)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ apart: what has to be compiled is compiled there. What is read from disk was rea
 """
 
 import argparse
-import json
 import os
 import pathlib
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tables
 
 from flax_skd.io import checkpoint
 from flax_skd.io.checkpoint import Supernet
@@ -162,13 +162,9 @@ def main() -> None:
     seconds, sizes = measure(args)
     text = markdown(seconds, sizes, args)
     print(text)
-    if args.out:
-        stem = pathlib.Path(args.out) / "extraction"
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        flags = {k: v for k, v in vars(args).items() if k not in ("out", "work")}
-        facts = {"seconds": seconds, "bytes": sizes, "flags": flags}
-        stem.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-        stem.with_suffix(".md").write_text(text + "\n")
+    flags = {k: v for k, v in vars(args).items() if k not in ("out", "work")}
+    facts = {"seconds": seconds, "bytes": sizes, "flags": flags}
+    tables.write(args.out, "extraction", facts, text)
 
 
 if __name__ == "__main__":

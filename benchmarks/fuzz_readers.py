@@ -9,7 +9,6 @@ counted too.
 
 import argparse
 import collections
-import json
 import multiprocessing
 import os
 import pathlib
@@ -17,6 +16,8 @@ import platform
 import resource
 import sys
 import tempfile
+
+import tables
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
@@ -161,12 +162,9 @@ def main():
         if len(found[name]) == len(tasks[name]):
             print(line(summary(name, found[name])), flush=True)
     rows = [summary(name, inputs) for name, inputs in found.items()]
-    if args.out:
-        out = pathlib.Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "fuzz_readers.json").write_text(json.dumps(rows, indent=1))
-        (out / "fuzz_readers.md").write_text(table(rows, args.seed) + "\n")
-    print(table(rows, args.seed))
+    text = table(rows, args.seed)
+    print(text)
+    tables.write(args.out, "fuzz_readers", rows, text)
     return 1 if any(row["faults"] for row in rows) else 0
 
 

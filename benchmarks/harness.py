@@ -10,13 +10,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flax_skd.io import data, sources
 from flax_skd.io.checkpoint import Supernet
 from flax_skd.io.differences import differences
-from flax_skd.method import compensation, macs, piad, subnet
+from flax_skd.method import compensation, losses, piad, subnet
 from flax_skd.method.piad import DropoutList
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.statistics import Statistics
@@ -38,8 +37,7 @@ def _scored(model, params, repairs, batch, full, widths):
     logits = model.apply(
         {"params": params}, batch["image"], subnet.masks(model.spec, widths)
     )
-    log_full, log_cut = jax.nn.log_softmax(full), jax.nn.log_softmax(logits)
-    kl = (jnp.exp(log_full) * (log_full - log_cut)).sum(-1)
+    kl = losses.divergences(logits, full, num_classes=model.spec.num_classes)
     return logits.argmax(-1) == batch["label"], kl
 
 
@@ -122,7 +120,7 @@ class Harness:
 
     def scores(self, network: Supernet, widths: SubnetSpec) -> Scores:
         """Of one sub-network, against the full network as it was read."""
-        widths = SubnetSpec(*(np.array(w, np.int32) for w in widths))
+        widths = subnet.as_data(widths)
         found = []
         for batch, full in self.test:
             right, kl = _scored(
@@ -161,9 +159,8 @@ class Harness:
 
     def within(self, network: Supernet, share: float) -> SubnetSpec:
         """Widths of the largest level within a share of all MACs."""
-        limit = int(share * macs.macs(network.spec))
-        level = piad.level_for(network.dropout_list, network.spec, limit)
-        return network.dropout_list.widths(level, network.spec)
+        levels, spec = network.dropout_list, network.spec
+        return levels.widths(piad.level_within(levels, spec, share), spec)
 
 
 def _claimed(work: pathlib.Path, args: argparse.Namespace) -> pathlib.Path:

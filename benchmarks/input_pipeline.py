@@ -17,9 +17,7 @@ import contextlib
 import functools
 import io
 import itertools
-import json
 import os
-import pathlib
 import sys
 import threading
 import time
@@ -27,6 +25,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import tables
 
 from flax_skd.io import augment, data, preprocess, sources
 from flax_skd.io.examples import EncodedSource
@@ -251,13 +250,9 @@ def main() -> None:
         f"{1e3 / lock:.0f} images/s by the threads of a process."
     )
     print(text)
-    if args.out:
-        stem = pathlib.Path(args.out) / "input_pipeline"
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        flags = {k: v for k, v in vars(args).items() if k != "out"}
-        facts = {"rows": found, "cores": os.cpu_count(), "flags": flags}
-        stem.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-        stem.with_suffix(".md").write_text(text + "\n")
+    flags = {k: v for k, v in vars(args).items() if k != "out"}
+    facts = {"rows": found, "cores": os.cpu_count(), "flags": flags}
+    tables.write(args.out, "input_pipeline", facts, text)
 
 
 if __name__ == "__main__":

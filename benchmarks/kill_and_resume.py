@@ -12,7 +12,6 @@ lie there. Ends with status 1 where one of these fails. About 20 s a kill on two
 
 import argparse
 import collections
-import json
 import os
 import pathlib
 import re
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import tables
 from watched_run import Run
 
 from flax_skd.io import checkpoint, run_state, whole_steps
@@ -72,10 +72,7 @@ def _wait(run: Run, aim: str, rng: np.random.Generator) -> None:
     """Returns at a random moment of the kind, or before the run could end."""
     count, seen, before = int(rng.integers(1, 4)), 0, ""
     steps, begun = int(rng.integers(1, 13)), None
-    if aim == "start":
-        end = time.monotonic() + rng.uniform(0, 10)
-    else:
-        end = None
+    end = time.monotonic() + rng.uniform(0, 10) if aim == "start" else None
     while not run.ended():
         phase, step = run.note()
         if phase == "network" or (end and time.monotonic() >= end):
@@ -231,11 +228,7 @@ def cli() -> int:
     found["flags"] = {k: v for k, v in vars(args).items() if k not in ("out", "work")}
     text = table(found)
     print(text)
-    if args.out:
-        out = pathlib.Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "kill_and_resume.json").write_text(json.dumps(found, indent=1) + "\n")
-        (out / "kill_and_resume.md").write_text(text + "\n")
+    tables.write(args.out, "kill_and_resume", found, text)
     failed = ("differing", "files_more", "files_less", "lost")
     return int(any(found[name] for name in failed))
 

@@ -14,7 +14,6 @@ error takes neighbouring samples as independent, which steps of an allocator are
 import argparse
 import functools
 import gc
-import json
 import multiprocessing
 import os
 import pathlib
@@ -25,6 +24,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np
+import tables
 
 from flax_skd.io import augment, data, sources
 from flax_skd.io.checkpoint import Supernet
@@ -161,12 +161,9 @@ def main():
             f"| {kind} | {args.steps} | {end:.0f} | {value:.2f} +- {spread:.2f} |"
         )
         print(lines[-1], flush=True)
-    print("\n".join(lines))
-    if args.out:
-        out = pathlib.Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "memory_slope.json").write_text(json.dumps(rows, indent=1))
-        (out / "memory_slope.md").write_text("\n".join(lines) + "\n")
+    text = "\n".join(lines)
+    print(text)
+    tables.write(args.out, "memory_slope", rows, text)
 
 
 if __name__ == "__main__":

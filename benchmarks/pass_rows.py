@@ -7,13 +7,14 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import random_inputs
 
 from flax_skd.io import conversion, data, sources
 from flax_skd.method import contraction, costs, statistics, vit
 from flax_skd.method.spec import ViTSpec
 from flax_skd.run import objective, train
+from flax_skd.run.commands import DTYPES
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # What each pass asks `statistics.batch_sums` for.
 PASSES = {
     "taylor": {"weightings": ("gradient",)},
@@ -39,11 +40,7 @@ def network(args: argparse.Namespace):
         spec, params = source.spec, jax.device_put(source.params)
     else:
         spec = ViTSpec.named(args.variant, image_size=args.image_size)
-        # A fresh head is zero, and so would every gradient before it be.
-        leaves, tree = jax.tree.flatten(vit.init(spec, jax.random.key(0)))
-        keys = jax.random.split(jax.random.key(1), len(leaves))
-        noise = [0.02 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
-        params = jax.tree.unflatten(tree, map(jnp.add, leaves, noise))
+        params = random_inputs.params(spec)
     return vit.ViT(spec, dtype=DTYPES[args.dtype]), params
 
 
@@ -58,13 +55,9 @@ def batches(args: argparse.Namespace, spec: ViTSpec, count: int = 0):
         yield from data.eval_batches(chosen, spec, batch_size=args.batch_size)
         return
     rng = np.random.default_rng(0)
-    size = (args.batch_size, spec.image_size, spec.image_size, spec.in_channels)
     for _ in range(count):
-        yield {
-            "image": rng.integers(0, 256, size, np.uint8),
-            "label": rng.integers(0, spec.num_classes, size[0], np.int32),
-            "weight": np.ones(size[0], np.float32),
-        }
+        drawn = random_inputs.batch(spec, args.batch_size, rng)
+        yield {**drawn, "weight": np.ones(args.batch_size, np.float32)}
 
 
 def gradient_step(model: vit.ViT, of: str):

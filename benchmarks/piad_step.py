@@ -15,22 +15,23 @@ wider or narrower MLP are taken in proportion.
 import argparse
 import functools
 import itertools
-import json
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rival_steps import DTYPES, freed_memory
+import random_inputs
+import tables
+from rival_steps import freed_memory
 
 from flax_skd.io import checkpoint
 from flax_skd.io.extras import require
 from flax_skd.method import compensation, macs, piad, vit
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.run import buckets, objective, sharding, timing, train, updates
+from flax_skd.run.commands import DTYPES
 
 
 def random_repairs(spec: ViTSpec) -> compensation.Compensation:
@@ -198,12 +199,7 @@ def main() -> None:
     jax.monitoring.register_event_duration_secs_listener(_Compiling.on_event)
     spec = ViTSpec.named(args.variant, image_size=args.image_size)
     shares = tuple(map(float, args.shares.split(",")))
-    rng = np.random.default_rng(0)
-    shape = (args.batch_size, spec.image_size, spec.image_size, 3)
-    batch = {
-        "image": rng.integers(0, 256, shape, np.uint8),
-        "label": rng.integers(0, spec.num_classes, args.batch_size, np.int32),
-    }
+    batch = random_inputs.batch(spec, args.batch_size, np.random.default_rng(0))
     levels = piad.uniform(spec)
     if args.list:
         levels = listed(args.list, spec)
@@ -272,11 +268,7 @@ def main() -> None:
     found["freed_memory"] = freed_memory()
     found["flags"] = {k: v for k, v in vars(args).items() if k != "out"}
     print(text)
-    if args.out:
-        out = pathlib.Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "piad_step.json").write_text(json.dumps(found, indent=1) + "\n")
-        (out / "piad_step.md").write_text(text + "\n")
+    tables.write(args.out, "piad_step", found, text)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import optax
 from flax_skd.io.extras import require
 from flax_skd.method import vit
 from flax_skd.method.spec import ViTSpec
+from flax_skd.run.commands import DTYPES
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 RATE, DECAY, KEEP = 1e-4, 0.05, 0.999
 
 

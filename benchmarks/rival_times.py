@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import random_inputs
 
 from flax_skd.io import checkpoint
 from flax_skd.method.vit import ViT
@@ -87,12 +88,8 @@ def _compiled(config, start, spec, loss, program):
         params, optimizer, jax.random.key(0), extra=extra, frozen=frozen
     )
     state = state._replace(step=jnp.asarray(done, state.step.dtype))
-    rng, size = np.random.default_rng(0), config.data.batch_size
-    shape = (size, spec.image_size, spec.image_size, spec.in_channels)
-    batch = {
-        "image": rng.integers(0, 256, shape, np.uint8),
-        "label": rng.integers(0, spec.num_classes, size, np.int32),
-    }
+    size = config.data.batch_size
+    batch = random_inputs.batch(spec, size, np.random.default_rng(0))
 
     def step(state, batch):
         return train.train_step(

@@ -21,6 +21,7 @@ from typing import Any
 
 import ablation
 import rival_times
+import tables
 
 from flax_skd.io import checkpoint
 from flax_skd.io.extras import require
@@ -176,9 +177,8 @@ def _between(system: str, networks: list[pathlib.Path]):
             (s for s in sizes if macs.macs(*s[1:]) > limit),
             key=lambda size: macs.macs(*size[1:]),
         )
-    alike = piad.uniform(spec, steps=64)
-    for level in range(int(alike.levels) + 1):
-        both = zip(larger[2], alike.widths(level, spec), strict=True)
+    for alike in piad.uniform(spec, steps=64).all_widths(spec):
+        both = zip(larger[2], alike, strict=True)
         widths = SubnetSpec(*(tuple(map(min, a, b)) for a, b in both))
         if macs.macs(spec, widths) <= limit:
             return _cut(larger[0], spec, widths)
@@ -286,14 +286,11 @@ def main() -> None:
     times = _times(benches[0], systems, args.rounds) if args.rounds else {}
     text = markdown(found, times)
     print(text)
+    flags = {k: v for k, v in vars(args).items() if k not in DIRECTORIES}
+    rows = {"systems": found, "time_over_dense": times, "flags": flags}
+    tables.write(args.out, "rivals", rows, text)
     if args.out:
-        out = pathlib.Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        flags = {k: v for k, v in vars(args).items() if k not in DIRECTORIES}
-        rows = {"systems": found, "time_over_dense": times, "flags": flags}
-        (out / "rivals.json").write_text(json.dumps(rows, indent=1) + "\n")
-        (out / "rivals.md").write_text(text + "\n")
-        figure(found).savefig(out / "rivals.png", dpi=150)
+        figure(found).savefig(pathlib.Path(args.out) / "rivals.png", dpi=150)
 
 
 if __name__ == "__main__":

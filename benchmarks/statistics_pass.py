@@ -14,7 +14,6 @@ import argparse
 import functools
 import json
 import os
-import pathlib
 import resource
 import statistics as stats
 import subprocess
@@ -22,10 +21,12 @@ import sys
 import time
 
 import jax
-from pass_rows import DTYPES, TITLES, batches, contraction_seconds, network, prepared
+import tables
+from pass_rows import TITLES, batches, contraction_seconds, network, prepared
 
 from flax_skd.io.extras import require
 from flax_skd.method import statistics
+from flax_skd.run.commands import DTYPES
 
 TABLE_HEAD = (
     "| pass | images/s | time over the first row | compile s | planned MB | "
@@ -234,12 +235,9 @@ def main() -> None:
     # Memory first: a child inherits the peak of the process that starts it.
     memory = measure_memory(args.rows, sys.argv[1:])
     found = summary(measure_time(args), memory, args)
-    print(table := markdown(found))
-    if args.out:
-        stem = pathlib.Path(args.out) / "statistics_pass"
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-        stem.with_suffix(".md").write_text(table + "\n")
+    text = markdown(found)
+    print(text)
+    tables.write(args.out, "statistics_pass", found, text)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ level of each at half of all MACs is measured too, in variants of its sizes.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import time
@@ -19,6 +18,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import random_inputs
+import tables
 
 from flax_skd.io import checkpoint
 from flax_skd.io.extras import require
@@ -131,21 +132,12 @@ def rows_of(
     }
 
 
-def _random(spec: ViTSpec) -> vit.Params:
-    """Parameters without a zero head, which would hide any difference of logits."""
-    leaves, tree = jax.tree.flatten(vit.init(spec, jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [0.02 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
-    return jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise)])
-
-
 def measure(variant: str, args: argparse.Namespace) -> dict[str, dict]:
     """Times of every row of one variant."""
     spec = ViTSpec.named(variant, image_size=args.image_size)
-    params = _random(spec)
-    rng = np.random.default_rng(0)
-    shape = (args.batch_size, spec.image_size, spec.image_size, 3)
-    images = jax.device_put(rng.integers(0, 256, shape, np.uint8))
+    params = random_inputs.params(spec)
+    drawn = random_inputs.batch(spec, args.batch_size, np.random.default_rng(0))
+    images = jax.device_put(drawn["image"])
     rows, programs, compile_seconds = rows_of(spec, args.lists), {}, {}
     for name, (_, widths, attention, heads) in rows.items():
         with mock.patch.object(vit, "_Heads", heads):
@@ -193,9 +185,8 @@ def markdown(variant: str, rows: dict[str, dict], args: argparse.Namespace) -> s
     saved = {name: 1 - row["ratio"] for name, row in rows.items()}
     softmax, mixing = 1 - half["half_no_softmax"], 1 - half["half_no_mixing"]
     of_it = f"{100 * softmax:.0f} % softmax, which no cut shrinks"
-    if (
-        softmax < 0.02
-    ):  # a program without it is another program, not a part of this one
+    # A program without it is another program, not a part of this one.
+    if softmax < 0.02:
         of_it = "softmax not to be told apart: nothing is faster without it"
     lines.append(
         f"\nOf the half network's time, scores and what is done with them take "
@@ -235,12 +226,8 @@ def main() -> None:
         f"jax {jax.__version__}."
     )
     print(text)
-    if args.out:
-        out = pathlib.Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        facts = {"rows": found, "cores": os.cpu_count(), "flags": vars(args)}
-        (out / "subnet_speed.json").write_text(json.dumps(facts, indent=1) + "\n")
-        (out / "subnet_speed.md").write_text(text + "\n")
+    facts = {"rows": found, "cores": os.cpu_count(), "flags": vars(args)}
+    tables.write(args.out, "subnet_speed", facts, text)
 
 
 if __name__ == "__main__":

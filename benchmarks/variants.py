@@ -31,7 +31,7 @@ def _variance_pruned(harness: Harness, cut: str) -> Cuts:
     def of(share: float):
         spec, levels = network.spec, network.dropout_list
         limit = share * spec.depth * spec.mlp_dim
-        rows = (levels.widths(i, spec) for i in range(int(levels.levels) + 1))
+        rows = levels.all_widths(spec)
         return network, next(row for row in rows if sum(row.mlp_dim) <= limit)
 
     return of

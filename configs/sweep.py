@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
 
     # attention, qk, vo, mlp or all: shares of these branches, in every block alike.
     # budgets: levels of the super-network's list within shares of all MACs.
-    # levels: every so many levels of that list.
+    # levels: those of that list, one out of `every`.
     config.cuts = "all"
     config.kept = "1/8,2/8,3/8,4/8,5/8,6/8,7/8,8/8"
     config.every = 4

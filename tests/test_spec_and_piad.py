@@ -218,6 +218,13 @@ def test_a_traced_level_reads_the_row_and_padding_repeats_the_last(spec):
         levels.widths(2, spec)
 
 
+def test_the_widths_of_all_levels_make_the_same_list_again(spec):
+    levels = piad.uniform(spec, steps=5)
+    again = piad.from_rows(levels.all_widths(spec), spec)
+    assert len(levels.all_widths(spec)) == 5
+    assert all(np.array_equal(a, b) for a, b in zip(levels, again, strict=True))
+
+
 def test_levels_are_drawn_uniformly_with_both_ends(spec):
     levels = piad.uniform(spec, steps=8)
     drawn = piad.sample_level(jax.random.key(0), levels, (8000,))

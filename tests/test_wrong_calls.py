@@ -84,8 +84,9 @@ def test_right_classes_are_not_counted_without_a_head(network, tmp_path, capsys)
     assert "has no head, and a sweep counts" in refused(args, capsys)
 
 
-def test_a_config_of_another_command(tmp_path, capsys):
-    args = ["train", "--config=configs/sweep.py", f"--workdir={tmp_path}/run"]
+@pytest.mark.parametrize("name", ["sweep", "training_base", "rivals/base"])
+def test_a_config_that_trains_nothing(name, tmp_path, capsys):
+    args = ["train", f"--config=configs/{name}.py", f"--workdir={tmp_path}/run"]
     assert "trains nothing: take one with a `program`" in refused(args, capsys)
 
 

@@ -52,8 +52,7 @@ def levels(tables: dict[str, Any], spec: ViTSpec, where: str) -> DropoutList:
             f"[rows, {spec.depth}] and levels from 0 to rows - 1."
         )
     try:
-        widths = [found.widths(level, spec) for level in range(last + 1)]
-        return piad.from_rows(widths, spec, max_levels=rows - 1)
+        return piad.from_rows(found.all_widths(spec), spec, max_levels=rows - 1)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

@@ -74,7 +74,7 @@ def write_files(
     files: tuple[str, ...],
     noun: str,
     facts: dict[str, Any],
-    *contents: bytes,
+    *contents: bytes | bytearray,
     overwrite: bool,
 ) -> None:
     """`write_whole` of `files`: first a JSON of `noun` and `facts`, then `contents`."""
@@ -130,7 +130,7 @@ def check_target(
 
 
 def _check_place(target: pathlib.Path) -> None:
-    """A directory is made beside its name and moved there: said before the work."""
+    """Said before the work: whether a directory can be made there and take the name."""
     if target.exists():
         here = pathlib.Path.cwd()
         standing = target in (here, *here.parents)

@@ -36,7 +36,7 @@ def examples(
     grain, loader = require("grain"), _Loader(source, spec, augment, bad)
     positions = grain.MapDataset.range(len(source)).seed(seed).shuffle()
     if repeats == 1:
-        # The slice of all is no idle step: steps before the draws decide their seeds.
+        # This slice keeps all, but every step before the draws counts in their seeds.
         return positions[::1].repeat().random_map(loader)
     order = _RepeatedOrder(positions, len(source), repeats)
     return grain.MapDataset.source(order).seed(seed).random_map(loader)
@@ -75,8 +75,8 @@ class _Loader:
 class _RepeatedOrder:
     """The positions of endless epochs, each image `repeats` times in a row.
 
-    An epoch has as many draws as the source images, of a part of them each: as in
-    repeated augmentation (arXiv:1902.05509), where the next epoch draws anew.
+    An epoch has as many draws as the source has images, and so sees a part of them, as
+    in repeated augmentation (arXiv:1902.05509). The next epoch draws another part.
     """
 
     shuffled: Any  # grain.MapDataset, of a new order every `count` positions

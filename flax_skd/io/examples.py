@@ -93,10 +93,10 @@ def check_classes(
 
 
 def classes_of(own: int | None, *, source: str, num_classes: int | None) -> int | None:
-    """How many classes the labels of a source are of that numbers them itself.
+    """How many classes there are, for a source that numbers its labels itself.
 
-    Fewer of its own are a part of the network's, or others of which nothing in the
-    labels tells: a warning says so.
+    If it has fewer than the network, they may be the network's first ones or others
+    altogether. Labels do not tell, so a warning says so.
 
     Args:
       own: as the source states it, None if it does not.

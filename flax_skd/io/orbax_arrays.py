@@ -39,7 +39,7 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _check_sizes(tree: Any, most: int) -> None:
-    """Raises ValueError unless arrays say they take at most so many bytes."""
+    """Raises ValueError if the arrays say that they take more than `most` bytes."""
     total = sum(
         math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)

@@ -20,7 +20,7 @@ _LOG = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 LOG = "log.jsonl"
-KEPT = 3  # the newest so many checkpoints stay
+KEPT = 3  # checkpoints that stay, the newest
 BOARD = "tensorboard"  # the folder of its files
 # What a process that was killed leaves of the networks it was writing.
 _UNFINISHED = re.compile(r"\.network(-.+)?\.[0-9a-f]{8}\.(tmp|old)")

@@ -7,6 +7,7 @@ import os
 import pathlib
 import posixpath
 import tarfile
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -71,6 +72,7 @@ def open_tar(
             f"{name}: no image found; looked for {', '.join(SUFFIXES)} files."
         )
     files.sort(key=lambda m: (posixpath.basename(m), m))
+    found: Sequence[Any]
     if labels == "sorted":
         found, known = range(len(files)), len(files)
         if num_classes not in (None, known):

@@ -75,8 +75,9 @@ class Balanced(NamedTuple):
 def query_key(statistics: Statistics, index: int, options: Balanced) -> Pair:
     """The pair of queries and keys of a block, each [H, d, d], query @ key^T = I.
 
-    With G_q^1/2 G_k^1/2 = U S V^T the columns of G_q^-1/2 U and, what is the same up to
-    S, G_k^-1/2 V and G_q^1/2 U: tr(E^T G_q E G_k) is least at every cut.
+    With the singular value decomposition G_q^1/2 G_k^1/2 = U S V^T, queries take the
+    columns of G_q^-1/2 U and keys those of G_q^1/2 U, which are G_k^-1/2 V but for the
+    factors S. The error tr(E^T G_q E G_k) is then least at every cut.
     """
     query, key = (
         second_moments.of_block(statistics.branches, index, name)
@@ -106,9 +107,10 @@ def value_out(
 ) -> Pair:
     """The pair of values and rows of `out` of a block, each [H, d, d], value @ out = I.
 
-    With C^1/2 W_o F^1/2 = U S V^T the columns of C^-1/2 U and the rows of U^T C^1/2, so
-    that |C^1/2 (W_o - cut) F^1/2|^2 is least at every cut of a head. LayerScale counts
-    to W_o: F is a metric behind it.
+    With the singular value decomposition C^1/2 W_o F^1/2 = U S V^T, values take the
+    columns of C^-1/2 U and `out` the rows of U^T C^1/2, so that the error
+    |C^1/2 (W_o - cut) F^1/2|^2 is least at every cut of a head. LayerScale is part of
+    W_o here, since F measures what comes after it.
     """
     name = options.mixed
     kernel = np.asarray(block["attn"]["out"]["kernel"], np.float64)
@@ -131,10 +133,11 @@ def value_out(
 def pair(moments: np.ndarray, right: np.ndarray) -> Pair:
     """(A, A^-1) of every head, A = C^-1/2 U with C^1/2 right = U S V^T.
 
-    A cut does not see how columns of A are scaled, as rows of A^-1 are by the inverse.
-    Scaled by S^1/2 both moments become S, and dims of little use have tiny weights in
-    one map and huge ones in the other. Here column and row have equal norms, so that no
-    S is divided by and the pair is as near to orthogonal as its directions allow.
+    Columns of A may be scaled, and rows of A^-1 by the inverse, without a change at any
+    cut. With S^1/2 both moments would become S, but dims of little use would have tiny
+    weights in one map and huge ones in the other. Here each column has the norm of its
+    row: no S is divided by, and the pair is as near to orthogonal as its directions
+    allow.
     """
     pairs = []
     for moment, matrix in zip(moments, right, strict=True):

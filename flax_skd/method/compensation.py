@@ -147,9 +147,9 @@ def repaired(
       widths: tuples of ints or integer arrays [L], traced or not.
 
     Returns:
-      A tree of the shapes and dtypes of `params`; of numpy arrays where all is known,
-      widths in ints and parameters: then nothing is compiled for them. What widths
-      in ints leave as it is is handed through, so a compiled program need not hold it.
+      A tree of the shapes and dtypes of `params`. Where widths are ints and no array is
+      traced it holds numpy arrays, and nothing is compiled. Arrays that widths in ints
+      do not change are passed on as they are: a compiled program need not hold them.
 
     Raises:
       ValueError: if widths or compensation do not have one entry a block, or, where all
@@ -194,9 +194,9 @@ def _ints(kept: dict) -> bool:
 
 
 def _unchanged(spec: ViTSpec, kept: dict) -> tuple[set[tuple[int, str]], bool]:
-    """Branches (block, kind) that known widths leave as they are, and if the start is.
+    """Branches (block, kind) that known widths do not change; whether the start is one.
 
-    Those are whole branches that take the mean of no removed one: the next is kept.
+    These are the whole branches that take the mean of no removed one: the next is kept.
     """
     if not _ints(kept):
         return set(), False

@@ -240,7 +240,7 @@ def drop(widths: SubnetSpec, removal: Removal) -> SubnetSpec:
 
 
 def check_target(target: float, spec: ViTSpec, saved: int = 0) -> None:
-    """Raises ValueError unless so many MACs can be saved, `saved` of them already."""
+    """Raises ValueError unless `target` MACs can be saved, `saved` of them already."""
     if not 0 <= target < math.inf:
         raise ValueError(f"target_macs_saved = {target} must be finite and >= 0.")
     nothing = SubnetSpec.uniform(spec, 0, 0, 0)

@@ -123,8 +123,9 @@ def bent(time: float, points: Anchors) -> float:
 def anchors(pairs: Iterable[tuple[float, float]]) -> Anchors:
     """The anchors of networks that were measured.
 
-    Where a network of a larger sum took less, both get the mean of theirs, but for a
-    thousandth of the sum: a cut always saves something.
+    Where a network with a larger sum took less time than one with a smaller, both get
+    the mean of their times, but for a thousandth of their sums: a cut always saves
+    something.
 
     Args:
       pairs: (sum over the branches, measured), seconds of one network each.
@@ -164,8 +165,8 @@ def fit(networks: Sequence[SubnetSpec], times: Sequence[float]) -> Latency:
     and a list can be made by latency.
 
     Args:
-      networks: widths that were measured; `latency_design.design` makes a set that tells all
-        coefficients apart.
+      networks: widths that were measured; `latency_design.design` makes a set that
+        tells all coefficients apart.
       times: seconds of each.
 
     Raises:
@@ -231,16 +232,16 @@ def in_lanes(
         raise ValueError(f"lanes {attn_lane} and {mlp_lane} must be at least 1.")
     full = SubnetSpec.full(spec)
     lanes = (attn_lane, attn_lane, mlp_lane)
-    rows = [
-        SubnetSpec(
+
+    def rounded(widths):
+        return SubnetSpec(
             *(
                 tuple(round_up(w, size[0], lane) for w in field)
                 for field, size, lane in zip(widths, full, lanes)
             )
         )
-        for level in range(int(dropout_list.levels) + 1)
-        for widths in [dropout_list.widths(level, spec)]
-    ]
+
+    rows = [rounded(widths) for widths in dropout_list.all_widths(spec)]
     return piad.from_rows(rows, spec, max_levels=len(dropout_list.qk_dim) - 1)
 
 

@@ -41,20 +41,16 @@ def design(
         "all": SubnetSpec._fields,
     }
     found = {"full": full}
+    sizes = {field: widths[0] for field, widths in full._asdict().items()}
+    lanes = dict(zip(full._fields, (attn_lane, attn_lane, mlp_lane)))
     for share, (kind, fields) in itertools.product(shares, kinds.items()):
         if not 0 < share < 1:
             raise ValueError(f"a share of {share:g} must lie between 0 and 1.")
-        lanes = dict(zip(full._fields, (attn_lane, attn_lane, mlp_lane)))
         cut = {
-            f: (
-                latency.round_up(
-                    share * getattr(full, f)[0], getattr(full, f)[0], lanes[f]
-                ),
-            )
-            * spec.depth
-            for f in fields
+            f: latency.round_up(share * sizes[f], sizes[f], lanes[f]) for f in fields
         }
-        found[f"{kind} {share:g}"] = full._replace(**cut)
+        alike = {f: (width,) * spec.depth for f, width in cut.items()}
+        found[f"{kind} {share:g}"] = full._replace(**alike)
     for base, patterns in [("full", _LEFT)] + [
         (f"all {share:g}", _LEFT[:3]) for share in shares
     ]:

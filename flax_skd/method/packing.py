@@ -21,13 +21,7 @@ def cast(compensation: Compensation, dtype: Any) -> Compensation:
 
 def size(compensation: Compensation) -> int:
     """Bytes that `pack` of this takes."""
-    total = 0
-    for repair in (*compensation.attn, *compensation.mlp):
-        total += repair.mean.nbytes
-        if repair.factor is not None:
-            n = len(repair.factor)
-            total += n * (n + 1) // 2 * repair.factor.dtype.itemsize
-    return total
+    return sum(x.nbytes for x in pack(compensation).values())
 
 
 def pack(compensation: Compensation) -> dict[str, np.ndarray]:

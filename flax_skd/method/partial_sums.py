@@ -33,7 +33,7 @@ def count(place: NamedSharding | None) -> int:
 
 
 def zeros(like: Any, place: NamedSharding | None) -> Any:
-    """Accumulators, one of every array of `like` a part: [parts, ...]."""
+    """Accumulators of zeros like the arrays of `like`, one set a part: [parts, ...]."""
 
     def made():
         parts = count(place)
@@ -43,7 +43,7 @@ def zeros(like: Any, place: NamedSharding | None) -> Any:
 
 
 def apart(add: Add, place: NamedSharding | None) -> Add:
-    """`add` by every part for itself, of accumulators as `zeros` makes them."""
+    """`add` as every part does it on its own, to accumulators that `zeros` made."""
 
     def own(sums, batch, shared):
         sums = add(jax.tree.map(lambda x: x[0], sums), batch, shared)

@@ -10,8 +10,8 @@ from flax_skd.method.feature_sums import SITES
 
 
 def arrays_of(batch: dict[str, Any]) -> dict[str, Any]:
-    """What a pass reads of a batch; ValueError if it is none, lacks or misshapes any."""
-    if not hasattr(batch, "keys"):  # of a loop over a source, or over one batch
+    """The arrays a pass reads of a batch; ValueError if one is missing or misshapen."""
+    if not hasattr(batch, "keys"):  # a source, or one batch, given for the batches
         raise ValueError(
             f"batches hold a {type(batch).__name__}, not dicts of arrays: give a list "
             "of batches, or of a source eval_batches(source, spec, batch_size=50)."
@@ -22,7 +22,8 @@ def arrays_of(batch: dict[str, Any]) -> dict[str, Any]:
         shapes = {k: np.shape(batch[k]) for k in names}
         if shapes["label"] == shapes["weight"] == shapes["image"][:1]:
             return {k: batch[k] for k in names}
-        wrong = f"arrays of the right shapes, but {shapes}"  # one would serve all
+        # A label of shape [1] would broadcast to all images.
+        wrong = f"arrays of the right shapes, but {shapes}"
     raise ValueError(
         f"a batch has no {wrong}: it needs image [B, S, S, C], label [B] and weight "
         "[B], 1 for an image and 0 for padding."

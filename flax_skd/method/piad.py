@@ -44,6 +44,10 @@ class DropoutList(NamedTuple):
             )
         return SubnetSpec(*(np.asarray(table)[level] for table in self[:3])).check(spec)
 
+    def all_widths(self, spec: ViTSpec) -> list[SubnetSpec]:
+        """The `widths` of every level, 0 first; `from_rows` makes a list of them again."""
+        return [self.widths(level, spec) for level in range(int(self.levels) + 1)]
+
 
 def from_rows(rows: list[SubnetSpec], spec: ViTSpec, *, max_levels: int = 0):
     """A list from its rows, checked.

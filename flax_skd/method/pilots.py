@@ -11,7 +11,10 @@ from flax_skd.method.vit import Array
 def weighted(
     pilot: tuple[dict[str, Array], ...], moments: tuple[str, ...]
 ) -> tuple[dict[str, Array], ...]:
-    """`statistics.pilot_means` with a point for each weighting of inner units: theirs."""
+    """The points of `statistics.pilot_means`, and one more for each weighting.
+
+    Those are of inner units, under keys such as "hidden gradient", and start as theirs.
+    """
     named = [
         (inner, name)
         for inner in second_moments.INNER.values()
@@ -24,7 +27,7 @@ def weighted(
 
 
 def firsts(branches: tuple[dict[str, second_moments.BlockMoments], ...]) -> Any:
-    """The small sums of branches, of which alone `refined` is made."""
+    """The sums of weights and of features by branch: all that `refined` reads."""
     return tuple(
         {
             f"{inner} {name}": getattr(sums, branch)[:2]
@@ -38,10 +41,14 @@ def firsts(branches: tuple[dict[str, second_moments.BlockMoments], ...]) -> Any:
 def refined(
     pilot: tuple[dict[str, Array], ...], found: Any
 ) -> tuple[dict[str, Array], ...]:
-    """`weighted`, moved to the weighted means of sums about it, of `firsts`.
+    """The points of `weighted`, each moved to the weighted mean of its inner units.
 
-    Where weights single out tokens far from the mean of all, as those of the last block
-    single out the class token, sums about the plain mean would cancel.
+    Sums about the plain mean would cancel where weights single out tokens far from it,
+    as those of the last block single out the class token.
+
+    Args:
+      pilot: of `weighted`.
+      found: of `firsts`, of sums about these points.
     """
 
     def moved(point, weight, first):

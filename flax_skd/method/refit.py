@@ -79,7 +79,7 @@ def on_host(repair: Repair, kernel: Any, bias: Any, width: int):
 
 
 def _predicted(factor: np.ndarray, kernel: np.ndarray, width: int) -> np.ndarray:
-    """X above, multiplied in the cheaper of two orders."""
+    """The X of `on_host`, multiplied in the cheaper of two orders."""
     from scipy.linalg.blas import strsm  # jax needs scipy too
 
     seen, cut = factor[width:, :width].T, kernel[width:]

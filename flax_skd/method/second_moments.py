@@ -7,7 +7,7 @@ units of a branch together, with the gradient at the branch's output.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +126,9 @@ def taps(
     masks: tuple[BlockMasks, ...] | None = None,
     hidden_every: int = 1,
 ) -> Taps:
-    """A tap whose identities sum into the cotangents of `accumulators`.
+    """A tap that leaves features as they are and sums them as the gradient comes back.
+
+    The sums are the cotangents of `accumulators`.
 
     Args:
       spec: sizes of the network.
@@ -138,11 +140,13 @@ def taps(
       hidden_every: the sums of hidden units are those of images 0, k, 2 k, ...
     """
     every = {"mlp_out": hidden_every, "attn_out": 1}
-    before = {}  # what a block showed ahead of the place where it is needed
+    before = {}  # features of this block, which a later tap of it reads
 
     def tap(block, name, feature):
         before[name] = feature
-        fields, seen, sums_of = (), {"live": live}, _head_sums
+        fields: tuple[str, ...] = ()
+        seen: dict[str, Any] = {"live": live}
+        sums_of: Callable[..., Any] = _head_sums
         if name == "query":
             fields = ("query",)
         elif name == "key":

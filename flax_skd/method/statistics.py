@@ -28,8 +28,9 @@ class Statistics(NamedTuple):
     Attributes:
       images: number of images seen, [].
       tokens: tokens an image, int.
-      pilot: one dict a block, site -> [H, d]: the mean the sums are taken about; of
-        `second_moments` by weighting too, as "hidden gradient".
+      pilot: one dict a block, site -> [H, d]: the mean the sums are taken about. Those
+        of `branches` have points of their own, a key for each weighting, such as
+        "hidden gradient".
       sums: one dict a block, site -> `FeatureSums`.
       branches: one dict a block, weighting -> `second_moments.BlockMoments`.
     """
@@ -87,7 +88,7 @@ def pilot_means(model: ViT, params: Params, batch: dict[str, Array], masks=None)
     One dict a block, site -> [H, d] float32; of `mixed` too. `masks` as in `collect`.
     """
     live = batch["weight"]
-    found = [{} for _ in range(model.spec.depth)]
+    found: list[dict[str, Array]] = [{} for _ in range(model.spec.depth)]
 
     def tap(block, name, feature):
         if name not in (*SITES, "mixed"):
@@ -124,9 +125,10 @@ def batch_sums(
       cost: function (logits, labels) -> [B], such as those of `costs.COSTS`.
       weightings: which second moments of heads to collect.
       moments: weightings of `second_moments` to collect; with
-        `second_moments.ATTENDED` attended keys too, about the cost of attention again.
-      masks: of a sub-network (`subnet.masks`), whose sums are then taken: of all units,
-        those that are cut too, on the stream that the cut leaves.
+        `second_moments.ATTENDED` also those of attended keys, for about the cost of
+        attention once more.
+      masks: of a sub-network (`subnet.masks`). The sums are then those of its residual
+        stream, but of all units, also of those that it cuts.
       hidden_every: `moments` of hidden units take images 0, k, 2 k, ... of a batch.
 
     Returns:
@@ -198,14 +200,15 @@ def collect(
         padding, all of one shape, such as those of `eval_batches`; global arrays if
         there is a mesh. Where the cost reads no label, any will do.
       cost: function (logits, labels) -> [B], such as those of `costs.COSTS`.
-      weightings: token weights, of `gradient` and `plain`, of the second moments of heads
-        to collect: what `wpac` and `pca` rotate by.
-      moments: the same, of those of queries, keys, head outputs and hidden units; with
-        `attended` beside one, of keys under each query's attention too.
-      masks: of a sub-network (`subnet.masks`), whose sums are then taken: of all units,
-        those that are cut too, on the stream that the cut leaves.
-      hidden_every: k >= 1, a divisor of a device's share of a batch. `moments` of hidden
-        units, the dearest sums, are then those of every k-th image alone.
+      weightings: how tokens are weighted, `gradient` or `plain`, in the covariances of
+        queries, keys and values by which `wpac` and `pca` rotate; one set each.
+      moments: the same for the second moments of queries, keys, head outputs and hidden
+        units, which `balanced` and a compensation read. `attended` beside one of them
+        adds those of keys under each query's attention.
+      masks: of a sub-network (`subnet.masks`). The sums are then those of its residual
+        stream, but of all units, also of those that it cuts.
+      hidden_every: k >= 1, a divisor of a device's share of a batch. The `moments` of
+        hidden units, which cost most, are then taken from every k-th image alone.
 
     Returns:
       `Statistics`, as `contract` takes them; a criterion says what it reads of

@@ -35,7 +35,7 @@ class Stages:
         return state.extra._replace(stage=np.int32(self._now))
 
     def now(self, extra: Any) -> int:
-        """The stage of a step, without waiting for the device but once."""
+        """The stage of a step; waits for the device at most once, after a resume."""
         if self._now is None:  # a run that is resumed within a stage
             self._now = int(jax.device_get(extra.stage))
         return self._now

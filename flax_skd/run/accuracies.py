@@ -33,6 +33,11 @@ class Sweep(NamedTuple):
     dtype: str = "float32"
 
 
+def name_of(facts: Mapping[str, Any]) -> str:
+    """What the rows of a sweep call a super-network, by its provenance."""
+    return facts.get("trained", facts.get("criterion", "as trained"))
+
+
 def read(path: str) -> Sweep:
     """The rows of a `sweep.json`, and of which networks they are.
 
@@ -59,8 +64,8 @@ def check_same(
 ) -> None:
     """Refuses a sweep of another network than the one that is exported.
 
-    Where one of both sums is not known there is a warning, and rows are still taken by
-    their sizes: older sweeps and sub-networks have none.
+    Older sweeps and sub-networks do not state their sum. Then there is a warning, and
+    rows are still taken by their sizes.
 
     Args:
       found: the sweep.

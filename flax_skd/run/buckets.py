@@ -1,10 +1,10 @@
 """PIAD in a few compiled sizes: a step computes little more than the level it drew.
 
-The masked step computes the whole network at every level. Here the host draws the level.
-Parameters are cut for it by one program (`objective.cut_params`), and their gradient is
-taken by another, compiled for the widths of the largest level of a bucket of them, a
-little rounded up (`coarse`). A list only grows at its end, so a bucket, once it is there,
-keeps its widths: as many compilations as buckets, however long the run.
+The masked step computes the whole network at every level. Here the levels lie in a few
+buckets, and the host draws the level of a step. One program cuts the parameters to it
+(`objective.cut_params`). Another takes their gradient: it is compiled for the largest
+level of the bucket, its widths a little rounded up (`coarse`). A list only grows at its
+end, so a bucket keeps its widths: as many compilations as buckets, however long the run.
 """
 
 import functools
@@ -99,8 +99,7 @@ def starts(
     dropout_list: DropoutList, spec: ViTSpec, shares: tuple[float, ...]
 ) -> list[int]:
     """First levels of the buckets a list has: 0, and the first within each share."""
-    levels = range(int(dropout_list.levels) + 1)
-    cost = [macs.macs(spec, dropout_list.widths(level, spec)) for level in levels]
+    cost = [macs.macs(spec, widths) for widths in dropout_list.all_widths(spec)]
     found: dict[int, Any] = {0: None}
     for share in shares:
         inside = [i for i, c in enumerate(cost) if c <= share * cost[0]]

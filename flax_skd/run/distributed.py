@@ -42,8 +42,8 @@ def start(
 ) -> None:
     """Joins the processes of a run, before any device is used.
 
-    Nothing happens on one machine of its own. A TPU pod is found by what its machines
-    have in their environment; other hosts are named, or found by the cluster's manager.
+    On a single machine this does nothing. The machines of a TPU pod find each other by
+    their environment; other hosts are named, or found by the cluster's manager.
     When a process is lost, the others end after at most `heartbeat` seconds, and say so.
 
     Args:
@@ -104,9 +104,9 @@ def _detect() -> None:
 
 @contextlib.contextmanager
 def _watched(process: int, processes: int, coordinator: str) -> Iterator[None]:
-    """Has a witness of the joining inside and of all that follows.
+    """Starts a witness, which watches the joining inside and all that follows.
 
-    It is told of every end by itself, so that it knows one from a death.
+    A process that ends by itself tells it so first; any other end is a death.
     """
     if processes == 1:
         yield

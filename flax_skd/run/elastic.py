@@ -1,4 +1,4 @@
-"""What else a step may drop than a level: the variants of the paper's ablation.
+"""What a step may drop instead of a level: the variants of the paper's ablation.
 
 Each is a `CutOf`, so that it trains by the one step and the one loop; the dropout list
 in `state.extra` says how much a step drops, and is what all of them are cut by in the

@@ -142,7 +142,7 @@ def evaluate(
       batches: dicts of `image`, `label`, `weight` (0 for padding), of one shape.
       widths: the sub-networks; None for the model as it is, extracted perhaps.
       repairs: the compensation of the network, if it has one.
-      progress: called with the number of forwards of an image just done.
+      progress: called with the size of a batch each time a sub-network has seen it.
 
     Returns:
       One `Score` a sub-network; agreement and KL are against the full network.

@@ -21,7 +21,7 @@ _HEADINGS = (
 
 
 def written_before(target: pathlib.Path) -> tuple[str, ...]:
-    """Names in the directory itself of an earlier export, by its own index, or none."""
+    """The top-level names of an earlier export there, by its index; () without one."""
     return tuple(sorted({path.partition("/")[0] for path in _listed(target)}))
 
 

@@ -154,7 +154,7 @@ def _accuracies(
     """Function of a sub-network -> what a sweep of its super-network says, or None."""
     if not measured:
         return lambda network: None
-    name = facts.get("trained", facts.get("criterion", "as trained"))
+    name = accuracies.name_of(facts)
     found = accuracies.read(measured)
     accuracies.check_same(found, name=name, supernet_sum=supernet_sum, source=source)
     return lambda network: accuracies.accuracy(found, network, name=name)

@@ -167,7 +167,7 @@ class SubnetFamily:
           params: of the sub-network; at most 1 is a share.
           latency_ms: of one batch, by the profile.
           images_per_s: the least to get through, by the profile.
-          batch_size: that the time is of, as in `time_budget.budget`.
+          batch_size: of the batch that takes this time, as in `time_budget.budget`.
 
         Returns:
           The level, which the next call runs at.
@@ -254,7 +254,7 @@ class SubnetFamily:
 
 
 class _Programs:
-    """At most so many compiled programs; the one not used for longest goes first."""
+    """At most `most` compiled programs; the one not used for longest goes first."""
 
     def __init__(self, most: int):
         if most < 2:

@@ -35,9 +35,9 @@ def unlabelled(section: Any, spec: ViTSpec) -> sources.Source:
 def open_images(
     section: Any, spec: ViTSpec, *, seed: int = 0, opened: Opened = labelled
 ) -> sources.Source:
-    """The source that the `data` section of a config names, `opened` so.
+    """The source that the `data` section of a config names, opened by `opened`.
 
-    Where `section.images` is not 0, so many of its images, chosen by `seed`.
+    Unless `section.images` is 0, that many of its images, chosen by `seed`.
     """
     if not section.source:
         raise ValueError(
@@ -121,9 +121,10 @@ class OnMesh:
 
 
 class InTurn:
-    """As `OnMesh`, with so many images each time, the next ones, and round again.
+    """As `OnMesh`, but every iteration reads the next few images alone, and so on.
 
-    What is chosen by few images anew in every round does not learn these few by heart.
+    A list that is measured on few images would be fitted to them; here every round of
+    measuring sees others.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class InTurn:
         images: int,
         seed: int,
     ):
-        """Of all the images of `batches`, in an order of their own."""
+        """Reads `images` of the images of `batches` at a time, in a random order."""
         self._batches, self._mesh, self._images = batches, mesh, images
         self._order = np.random.default_rng(seed).permutation(batches.indices)
         self._read = 0

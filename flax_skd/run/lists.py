@@ -38,7 +38,7 @@ def grown(
     cost: costs.Cost = costs.correct_logit,
     sensitivity: importance.Sensitivity = importance.cross_entropy,
 ) -> DropoutList:
-    """One stage of PIAD's growth: measure at the smallest level, append what it bears.
+    """One stage of PIAD's growth: importance at the smallest level, then new levels.
 
     Args:
       dropout_list: so far; `growth.start` makes the first.

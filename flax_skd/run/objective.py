@@ -52,10 +52,10 @@ def cut_params(params: Params, extra: Elastic, spec: ViTSpec) -> Params:
 
 
 def _apart(widths: SubnetSpec) -> SubnetSpec:
-    """The same widths [..., L], those of each block out of an array of their own.
+    """The same widths [..., L], but each block reads its own from an array of its own.
 
-    What is computed from them is then the same in every block, and compiled once. Left
-    to itself a compiler draws the index of the block into each of these computations.
+    What is computed from them then looks the same in every block and is compiled once.
+    Left to itself, a compiler pulls the index of the block into each computation.
     """
     blocks = range(widths.mlp_dim.shape[-1])
     rows = [jnp.stack([field[..., i] for field in widths]) for i in blocks]

@@ -151,8 +151,7 @@ def piad_program(config: Any, supernet: Supernet) -> Program:
         return {"full": None, "smallest": last}
 
     def save(directory, params, extra, facts):
-        levels = extra.dropout_list
-        rows = [levels.widths(s, spec) for s in range(int(levels.levels) + 1)]
+        rows = extra.dropout_list.all_widths(spec)
         network = supernet._replace(
             params=params,
             dropout_list=piad.from_rows(rows, spec),
@@ -200,7 +199,7 @@ def _stages(config: Any) -> int:
 
 
 def _grower(config: Any, model: ViT, groups: growth.Groups, stages: int):
-    """`before_epoch` of PIAD: measure at the smallest level, append what it bears."""
+    """`before_epoch` of PIAD: `lists.grown`, as long as there are stages."""
     spec, options = model.spec, config.piad
     batches = feed.calibration_of(config, spec)
     mesh = sharding.mesh(config.mesh)

@@ -25,9 +25,9 @@ class Recalibrated(NamedTuple):
 
     Attributes:
       params: full-shaped; `subnet.extract` cuts them.
-      kl: to the full network on the images held out, by what was tried, in the order
-        tried; "stored" is the network as it was.
-      chosen: the key of the least.
+      kl: mean divergence from the full network on the images held out, of every
+        network that was tried, in this order; "stored" is the network as it was.
+      chosen: the key of the smallest.
     """
 
     params: Params
@@ -105,7 +105,7 @@ def fitted_to(
     Args:
       description: as of `sources.open_source`; no label is read, and images that do
         not decode are logged and passed over.
-      images: at most so many, the same ones every time.
+      images: the most to take, the same ones every time.
 
     Raises:
       ValueError: if the source does not serve or has fewer than ten images.

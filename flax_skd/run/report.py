@@ -175,8 +175,7 @@ def list_figure(dropout_list: DropoutList, spec: ViTSpec, *, title: str):
     require("matplotlib")
     from matplotlib.figure import Figure
 
-    levels = range(int(dropout_list.levels) + 1)
-    rows = [dropout_list.widths(level, spec) for level in levels]
+    rows = dropout_list.all_widths(spec)
     full = SubnetSpec.full(spec)
     names = {"qk_dim": "queries and keys", "vo_dim": "values and out", "mlp_dim": "MLP"}
     if all(row.qk_dim == row.vo_dim for row in rows):

@@ -30,7 +30,7 @@ class Running:
 
     def __init__(self, progress: Any, disk: Any, schedule: Any, params: Any):
         self._progress, self._disk, self._schedule = progress, disk, schedule
-        self._newest = None
+        self._newest: tuple[int, Metrics, dict[str, np.ndarray]] | None = None
         self._tree = jax.tree.map(lambda _: 0, params)
 
     def follow(self, step: int, metrics: Metrics, batch: dict[str, np.ndarray]):

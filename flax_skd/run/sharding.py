@@ -206,7 +206,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Number of examples that every batch is a multiple of: so many parts it has."""
+    """How many equal parts a batch is cut into; its size is a multiple of this."""
     devices = math.prod(mesh.shape[n] for n in _batch_axes(mesh))
     return math.lcm(devices, jax.process_count())
 

@@ -15,7 +15,15 @@ from flax_skd.method import piad
 from flax_skd.method.piad import DropoutList
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
-from flax_skd.run import commands, evaluate, feed, report, sharding, time_budget
+from flax_skd.run import (
+    accuracies,
+    commands,
+    evaluate,
+    feed,
+    report,
+    sharding,
+    time_budget,
+)
 from flax_skd.run.accuracies import ASKED
 
 _LOG = logging.getLogger(__name__)
@@ -64,8 +72,7 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
             f"{workdir} has no head, and a sweep counts images of the right class: give "
             "a network with one."
         )
-    facts = main.provenance
-    name = facts.get("trained", facts.get("criterion", "as trained"))
+    name = accuracies.name_of(main.provenance)
     paths, supernets = {name: workdir}, {name: main}
     for name in commands.listed(config.compare):
         paths[name] = f"{workdir}-{name}"
@@ -88,15 +95,7 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
     title = f"{batches.num_examples} images of {batches.source.name}"
     writes = jax.process_index() == 0
     if writes:
-        folder.mkdir(parents=True, exist_ok=True)
-        if overwrite:  # else a sweep that is killed has rows of what was asked before
-            (folder / "sweep.json").unlink(missing_ok=True)
-        # At once: other processes may be reading it.
-        with replaced(folder / ASKED) as fresh:
-            fresh.write_text(json.dumps(asked) + "\n", encoding="utf-8")
-        title_of_list = "What each block keeps, level by level"
-        heat = report.list_figure(main.dropout_list, main.spec, title=title_of_list)
-        heat.savefig(folder / "list.png", dpi=150)
+        _begin(folder, asked, main, overwrite=overwrite)
 
     def keep(name, fresh):
         done.extend(fresh)
@@ -118,6 +117,21 @@ def sweep(config: Any, *, workdir: str, out: str, overwrite: bool, resume: bool)
         drawn = report.figure(timed, title=title, along=axis)
         drawn.savefig(folder / "latency.png", dpi=150)
     return f"{report.table(done)}\n\nwrote {folder}/sweep.json, sweep.csv, sweep.png, list.png"
+
+
+def _begin(
+    folder: pathlib.Path, asked: dict[str, Any], main: Supernet, *, overwrite: bool
+) -> None:
+    """Leaves in the folder what was asked, and the figure of the list."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if overwrite:  # else a sweep that is killed has rows of what was asked before
+        (folder / "sweep.json").unlink(missing_ok=True)
+    # At once: other processes may be reading it.
+    with replaced(folder / ASKED) as fresh:
+        fresh.write_text(json.dumps(asked) + "\n", encoding="utf-8")
+    title = "What each block keeps, level by level"
+    heat = report.list_figure(main.dropout_list, main.spec, title=title)
+    heat.savefig(folder / "list.png", dpi=150)
 
 
 def _times(config: Any, spec: ViTSpec, cuts: list[evaluate.Cut]) -> dict[Any, float]:

@@ -9,7 +9,7 @@ from flax_skd.run import programs
 
 def check_numbers(config: Any) -> None:
     """Refuses numbers of a config that would train, and to nothing of use."""
-    if "program" not in config:
+    if not config.get("program"):
         raise ValueError(
             "this config trains nothing: take one with a `program`, such as "
             "configs/scratch.py, piad.py, transfer.py or finetune.py."

@@ -115,7 +115,7 @@ def gradient(
 
 
 def _seen(state: TrainState) -> TrainState:
-    """What a loss sees of it: the rest, three arrays a parameter, is not handed over."""
+    """The state as a loss sees it, without three arrays a parameter."""
     return state._replace(opt_state=None, ema=None)
 
 
