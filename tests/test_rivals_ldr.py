@@ -1,9 +1,7 @@
 """LDR and TLEG: polynomial sums at any depth, and stages that train the new alone."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from rival_runs import (
     DEEP,
@@ -11,15 +9,14 @@ from rival_runs import (
     assert_same_networks,
     batch_of,
     params_of,
-    start_in,
     stopped_and_resumed,
     trained,
 )
 
 from flax_skd.io import checkpoint
 from flax_skd.method.vit import ViT
-from flax_skd.rivals import hpm_kd, ldr, stages, table
-from flax_skd.run import config_files, main, objective, train
+from flax_skd.rivals import ldr, stages
+from flax_skd.run import main, objective
 from flax_skd.run.train import TrainState
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -105,35 +102,6 @@ def test_a_stage_trains_its_new_components_alone(stage, new):
 
 def kernel(tree):
     return jax.tree.leaves(tree)[0]
-
-
-@pytest.mark.parametrize("name", ["ldr", "hpm_kd"])
-def test_the_first_step_of_a_stage_is_no_longer_than_one_of_a_training(
-    name, tmp_path, monkeypatch
-):
-    def keep(*args, **options):
-        return lambda params, stage: (params[hpm_kd.name_of(stage)], True)
-
-    monkeypatch.setattr(hpm_kd, "Judge", keep)
-    config = config_files.load(f"configs/rivals/{name}.py:reduced")
-    config.model.path = str(start_in(tmp_path, DEEP))
-    config.data.source, config.data.images = "digits:train", 64
-    program = table.PROGRAMS[name](config)
-    rate, step = 1e-3, jnp.int32(1000)
-    optimizer = optax.adamw(optax.constant_schedule(rate), weight_decay=0.0)
-    state = train.initial_state(
-        program.params, optimizer, jax.random.key(0), extra=program.extra
-    )
-    adam, *rest, schedule = state.opt_state
-    schedule = schedule._replace(count=step)
-    state = state._replace(opt_state=(adam._replace(count=step), *rest, schedule))
-    begun = program.before_epoch(1, state)
-    assert begun.extra.stage == 1 and begun.opt_state[-1] == schedule
-    ones = jax.tree.map(jnp.ones_like, begun.params)
-    with jax.numpy_dtype_promotion("standard"):
-        updates, _ = optimizer.update(ones, begun.opt_state, begun.params)
-    for update in jax.tree.leaves(updates):
-        np.testing.assert_allclose(update, -rate, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -260,7 +260,7 @@ def program(config: Any) -> Program:
         }
         marks = np.array(jax.device_get(extra.kept))
         marks[index - 1] = kept
-        return stages.afresh(state)._replace(
+        return state._replace(
             params={**state.params, **fresh},
             ema={**state.ema, **fresh},
             extra=Chain(extra.stage, marks, np.float32(0)),

@@ -159,12 +159,6 @@ def program(config: Any) -> Program:
     in_turn = stages.Stages(len(counts))
     recompose = jax.jit(lambda params: recomposed(params, full))
 
-    def begin(index, state):
-        extra = in_turn.begin(index, state)
-        if not 0 < index < len(counts):
-            return extra
-        return stages.afresh(state)._replace(extra=extra)
-
     def hold(before, after, batch, metrics):
         del batch, metrics
         stage = before.extra.stage
@@ -194,7 +188,7 @@ def program(config: Any) -> Program:
         of_components(base, full, trains_in),
         save,
         extra=stages.Stage(np.int32(0)),
-        before_epoch=begin,
+        before_epoch=in_turn.begin,
         every_epochs=config.epochs / len(counts),
         stages=len(counts),
         after_update=hold,

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from flax_skd.run.objective import Array
 from flax_skd.run.train import TrainState
@@ -61,22 +60,3 @@ def only(
         for name in after.params
     }
     return after._replace(params=params)
-
-
-def afresh(state: TrainState) -> TrainState:
-    """The state with Adam's moments as before the first step; schedules go on.
-
-    What had no gradient so far has moments of zero, and a count of steps by which Adam
-    takes them for means of many: its steps would be up to 0.1 / sqrt(0.001) = 3.2 times
-    as long as those of a training of its own.
-    """
-
-    def is_adam(part):
-        return isinstance(part, optax.ScaleByAdamState)
-
-    moments = jax.tree.map(
-        lambda part: jax.tree.map(jnp.zeros_like, part) if is_adam(part) else part,
-        state.opt_state,
-        is_leaf=is_adam,
-    )
-    return state._replace(opt_state=moments)
