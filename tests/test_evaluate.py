@@ -218,3 +218,14 @@ def test_the_heat_map_draws_every_block_and_level(spec):
     assert len(pictures) == 3  # q/k and v/out are drawn apart where they differ
     np.testing.assert_allclose(pictures[1][:, 1], [1, 0.25, 0.5])
     np.testing.assert_allclose(pictures[2][:, 1], [1, 0.5, 0.125])
+
+
+def test_what_a_contraction_promises_is_measured_in_float32_on_every_device(
+    spec, params, batch
+):
+    lowered = evaluate.float32_logits.lower(spec, params, batch["image"]).as_text()
+    products = lowered.count("dot_general")
+    assert products and products == lowered.count("precision = [HIGHEST, HIGHEST]")
+    got = evaluate.float32_logits(spec, params, batch["image"])
+    want = ViT(spec).apply({"params": params}, batch["image"])
+    np.testing.assert_allclose(got, want, atol=1e-5)

@@ -279,3 +279,17 @@ def test_sensitivities_are_looked_up_by_name():
         importance.sensitivity_named("loss", 10)
     with pytest.raises(ValueError, match="no head: use sensitivity 'feature'"):
         importance.sensitivity_named("kl", 0)
+
+
+@pytest.mark.parametrize("name", importance.SENSITIVITIES)
+def test_a_sensitivity_tells_outputs_of_a_single_logit_apart_or_is_refused(name):
+    one, other, labels = jnp.ones((3, 1)), jnp.zeros((3, 1)), jnp.zeros(3, jnp.int32)
+    rise = importance.SENSITIVITIES[name](one, other, labels)
+    rise = rise - importance.SENSITIVITIES[name](other, other, labels)
+    if name == "feature":
+        assert importance.sensitivity_named(name, 1) is importance.SENSITIVITIES[name]
+        assert rise.min() > 0
+    else:
+        assert not rise.any()
+        with pytest.raises(ValueError, match="a single logit: use .* 'feature'"):
+            importance.sensitivity_named(name, 1)

@@ -81,6 +81,16 @@ def test_the_second_head_of_a_distilled_network_reads_the_token_itself(spec):
     assert paper == heads + 64 + 2 * 50
 
 
+@pytest.mark.parametrize("distilled", [False, True])
+def test_the_paper_counts_what_the_last_layer_norm_sees(spec, distilled):
+    tokens, pooled = (
+        macs.macs(spec.replace(distilled=distilled, fc_norm=on), convention="paper")
+        for on in (False, True)
+    )
+    seen = spec.grid**2 + 1 + distilled, 1 + distilled  # rows of 24, 2 an element
+    assert tokens - pooled == 2 * 24 * (seen[0] - seen[1])
+
+
 def test_the_half_width_network_costs_half_the_block_macs():
     spec = ViTSpec.named("S/16")
     assert macs.branch_fraction(spec, SubnetSpec.uniform(spec, 32, 32, 768)) == 0.5

@@ -176,6 +176,17 @@ def test_an_unknown_cost_lists_the_known_ones():
         costs.cost_named("loss", 10)
 
 
+@pytest.mark.parametrize("name", costs.COSTS)
+def test_a_cost_of_a_single_logit_has_a_gradient_or_is_refused(name):
+    logits, labels = jnp.ones((2, 1)), jnp.zeros(2, jnp.int32)
+    slope = jax.grad(lambda x: costs.COSTS[name](x, labels).sum())(logits)
+    if slope.any():
+        assert costs.cost_named(name, 1) is costs.COSTS[name]
+    else:
+        with pytest.raises(ValueError, match="a single logit: use cost 'top_logit'"):
+            costs.cost_named(name, 1)
+
+
 def test_a_nan_in_the_parameters_is_traced_to_its_block(spec, params, batch):
     broken = shake(params, scale=0.0)
     kernel = broken["block_1"]["attn"]["key"]["kernel"]

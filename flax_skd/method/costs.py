@@ -88,7 +88,8 @@ def cost_named(name: str, num_classes: int) -> Cost:
       num_classes: of the network, 0 for a backbone without a head.
 
     Raises:
-      ValueError: if the name is unknown, or the cost needs a head that is not there.
+      ValueError: if the name is unknown, or the cost needs a head that is not there or
+        compares classes and there is one, so that its gradient is zero.
     """
     if name not in COSTS:
         raise ValueError(f"cost {name!r}: choose one of {', '.join(COSTS)}.")
@@ -96,5 +97,10 @@ def cost_named(name: str, num_classes: int) -> Cost:
         raise ValueError(
             f"cost {name!r} reads class logits and the network has no head: "
             "use cost 'feature'."
+        )
+    if num_classes == 1 and name in ("cross_entropy", "self_kl"):
+        raise ValueError(
+            f"cost {name!r} compares classes and the network has a single logit: use "
+            "cost 'top_logit'."
         )
     return COSTS[name]

@@ -42,7 +42,7 @@ def kl(logits: Array, current: Array, labels: Array) -> Array:
 
 
 def feature_distance(features: Array, current: Array, labels: Array) -> Array:
-    """Squared distance to the current level's feature, for a backbone without head."""
+    """Squared distance to the current level's feature, or to its single logit."""
     del labels
     return jnp.square(features - current).mean(-1)
 
@@ -64,15 +64,17 @@ def sensitivity_named(name: str, num_classes: int) -> Sensitivity:
       num_classes: of the network, 0 for a backbone without a head.
 
     Raises:
-      ValueError: if the name is unknown, or a head is needed and not there.
+      ValueError: if the name is unknown, or it compares classes and there are not two:
+        no branch would matter more than another.
     """
     if name not in SENSITIVITIES:
         raise ValueError(
             f"sensitivity {name!r}: choose one of {', '.join(SENSITIVITIES)}."
         )
-    if not num_classes and name != "feature":
+    if num_classes < 2 and name != "feature":
+        there = "a single logit" if num_classes else "no head"
         raise ValueError(
-            f"sensitivity {name!r} reads class logits and the network has no head: "
+            f"sensitivity {name!r} compares classes and the network has {there}: "
             "use sensitivity 'feature'."
         )
     return SENSITIVITIES[name]

@@ -49,7 +49,8 @@ def costs(spec: ViTSpec, convention: str = "full") -> Cost:
         pair = 2 * n * d * h + n * n * h  # two projections and one N x N product
         return Cost(ends, qk=pair, vo=pair, mlp=2 * n * d, attn_fixed=0, mlp_fixed=0)
     norm = 2 * d
-    norms = (1 if spec.fc_norm else n) * norm + spec.pre_norm * n * norm
+    last = 1 + spec.distilled if spec.fc_norm else n  # what the last LayerNorm sees
+    norms = last * norm + spec.pre_norm * n * norm
     ends += patches * d + spec.pre_logits + heads + norms
     bias = n * h * spec.qkv_bias
     return Cost(

@@ -1,5 +1,6 @@
 """The contract command: from statistics to super-networks, one a criterion."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ from flax_skd.method import (
 )
 from flax_skd.method.spec import SubnetSpec, ViTSpec
 from flax_skd.method.vit import ViT
-from flax_skd.run import commands, feed, lists, sharding, time_budget
+from flax_skd.run import commands, evaluate, feed, lists, sharding, time_budget
 from flax_skd.run.recipes import Recipe, contracted, sums_for
 
 # Of `costs.COSTS` and `importance.SENSITIVITIES`.
@@ -114,7 +115,7 @@ def _logits_changed(network: Supernet, images: np.ndarray) -> Callable[[Any], st
 
     In float32, whatever dtype the statistics had.
     """
-    logits = jax.jit(lambda p: ViT(network.spec).apply({"params": p}, images))
+    logits = functools.partial(evaluate.float32_logits, network.spec, images=images)
     before = logits(network.params)
     largest = float(jnp.abs(before).max())
 

@@ -1,5 +1,6 @@
 """Accuracy of sub-networks, and the sweep over cuts or levels to a table."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -118,6 +119,16 @@ def score_sums(
 
 def _logits(model: ViT, params: Params, images: Array) -> Array:
     return model.apply({"params": params}, images)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def float32_logits(spec: ViTSpec, params: Params, images: Array) -> Array:
+    """Logits [B, K] whose products are float32 on every device.
+
+    Left to itself a TPU multiplies float32 in bfloat16, and a recent GPU in TF32.
+    """
+    with jax.default_matmul_precision("highest"):
+        return ViT(spec).apply({"params": params}, images)
 
 
 # Compiled once for a model and a shape, however often a run evaluates.
