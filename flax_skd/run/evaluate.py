@@ -1,5 +1,6 @@
 """Accuracy of sub-networks, and the sweep over cuts or levels to a table."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -116,12 +117,13 @@ def score_sums(
     )
 
 
-def _logits(model: ViT, params: Params, images: Array) -> Array:
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(model: ViT, params: Params, images: Array) -> Array:
+    """What a model makes of a batch, as it is; compiled once for a model and a shape."""
     return model.apply({"params": params}, images)
 
 
-# Compiled once for a model and a shape, however often a run evaluates.
-_jitted_logits = jax.jit(_logits, static_argnums=0)
+# Compiled once too, however often a run evaluates.
 _jitted_sums = jax.jit(score_sums, static_argnums=0)
 
 
@@ -153,7 +155,7 @@ def evaluate(
     traced = [w and subnet.as_data(w) for w in widths]
     totals = None
     for batch in batches:
-        full = _jitted_logits(model, params, batch["image"])
+        full = logits_of(model, params, batch["image"])
         sums = []
         for w in traced:
             # Waited for: progress is what is done, and no two programs that meet over
