@@ -183,7 +183,7 @@ class Corp:
                     )
                 )
                 for name, turn in (("query", left), ("key", right)):
-                    attn[name] = _turned(attn[name], np.stack(turn), kept)
+                    attn[name] = turned(attn[name], np.stack(turn))
             new[f"block_{i}"] = {**block, "attn": attn}
         return self.network._replace(params=new)
 
@@ -208,12 +208,13 @@ def _corrected(query: np.ndarray, key: np.ndarray, kept: int):
     return left * root, right.T * root
 
 
-def _turned(linear, turn: np.ndarray, kept: int):
-    """The first dims of every head times `turn` [H, r, r], zeros beyond."""
+def turned(linear, turn: np.ndarray):
+    """The first r dims of every head times `turn` [H, r, s], zeros beyond s."""
+    _, size, kept = turn.shape
 
     def of(x):
         new = np.zeros(x.shape, np.float32)
-        new[..., :kept] = np.einsum("...hr,hrs->...hs", np.asarray(x)[..., :kept], turn)
+        new[..., :kept] = np.einsum("...hr,hrs->...hs", np.asarray(x)[..., :size], turn)
         return new
 
     return {name: of(x) for name, x in linear.items()}

@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rival_forms import turned
 
 from flax_skd.io.checkpoint import Supernet
 from flax_skd.method import balance
@@ -83,7 +84,7 @@ class SameImage:
             block = new[f"block_{i}"]
             attn = dict(block["attn"])
             for name, turn in zip(("query", "key"), zip(*pairs)):
-                attn[name] = _turned(attn[name], np.stack(turn))
+                attn[name] = turned(attn[name], np.stack(turn))
             new[f"block_{i}"] = {**block, "attn": attn}
         print(
             f"error of scores over that of balanced pairs, rank {widths.qk_dim[0]}: "
@@ -103,13 +104,3 @@ class SameImage:
         start, right = left[0][:, :kept], dual[0].T[:, :kept]
         fitted = alternating(start, query, key)
         return fitted, error(*fitted, query, key) / error(start, right, query, key)
-
-
-def _turned(linear, turn: np.ndarray):
-    def of(x):
-        new = np.zeros(x.shape, np.float32)
-        rank = turn.shape[-1]
-        new[..., :rank] = np.einsum("...hd,hdr->...hr", np.asarray(x), turn)
-        return new
-
-    return {name: of(x) for name, x in linear.items()}

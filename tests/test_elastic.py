@@ -45,7 +45,7 @@ def test_random_units_save_what_the_level_saves(spec, params, state, level):
     cut_of = elastic.random_units(
         spec, groups=GROUPS, draw=lambda rng, levels: jnp.int32(level)
     )
-    cost, full = macs.costs(spec), macs.macs(spec)
+    cost, full = macs.prices(spec), macs.macs(spec)
     target = full - macs.macs(spec, state.extra.dropout_list.widths(level, spec))
     largest = max((cost.qk + cost.vo) * 3, cost.mlp * 5)
     for seed in range(5):
@@ -86,7 +86,7 @@ def test_unimportant_units_are_those_the_list_drops_first(spec, levels):
 
 def test_weighted_units_are_dropped_in_proportion_to_their_weight(spec, levels, params):
     """One unit is dropped; who it is follows the weights."""
-    cost = macs.costs(spec)
+    cost = macs.prices(spec)
 
     def one_mlp_unit(rng, dropout_list):
         return jnp.int32(1)
@@ -120,7 +120,7 @@ def test_branches_are_skipped_at_the_rate(spec, params, state):
     gates = np.stack([[m.attn_gate, m.mlp_gate] for m in masks])
     assert set(np.unique(gates)) == {0.0, 1.0}
     np.testing.assert_allclose(gates.mean(-1), 0.7, atol=0.05)
-    cost, full = macs.costs(spec), macs.macs(spec)
+    cost, full = macs.prices(spec), macs.macs(spec)
     price = np.array([(cost.qk + cost.vo) * spec.head_dim, cost.mlp * spec.mlp_dim])
     saved = ((1 - gates) * price[None, :, None]).sum((0, 1))
     np.testing.assert_allclose(metrics["macs_share"], 1 - saved / full, atol=1e-6)

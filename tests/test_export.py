@@ -731,7 +731,7 @@ def test_a_card_without_facts_says_that_it_does_not_know(ragged):
     assert "Accuracy: not measured" in page and "not stated" in page
     assert fields["widths"]["qk_dim"] == [6, 0, 2]
     assert fields["macs"]["paper"] == macs.macs(
-        export_page.TINY, ragged[0].widths, "paper"
+        export_page.TINY, ragged[0].widths, convention="paper"
     )
 
 

@@ -224,7 +224,7 @@ def test_tables_keep_their_shape_and_repeat_the_last_row(spec):
 
 
 def test_ties_go_by_block_and_attention_before_the_mlp(spec):
-    cost = macs.costs(spec)
+    cost = macs.prices(spec)
     per_dim = cost.qk + cost.vo
     importance = Importance(
         np.full((spec.depth, spec.head_dim), float(per_dim)),

@@ -72,7 +72,7 @@ def plain_bottom(row, cut):
 def plain_search(found, params, budget):
     """One step on cuts and duals, block by block."""
     norms, full = plain_norms(params), macs.macs(DEEP)
-    cost = macs.costs(DEEP)
+    cost = macs.prices(DEEP)
     price = (
         (cost.qk + cost.vo) * DEEP.head_dim / full,
         cost.mlp * DEEP.mlp_dim / full,

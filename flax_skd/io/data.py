@@ -31,7 +31,6 @@ class EvalBatches:
     """Batches for evaluation; see `eval_batches`. Iterating again starts again.
 
     Attributes:
-      num_examples: images, those skipped included.
       rows: first and end of those of every batch that are read; None for all.
     """
 
@@ -205,23 +204,10 @@ def train_batches(
       ValueError: if an option is not possible, or the source holds less than a batch;
         and, while iterating, if an image does not decode.
     """
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process {process_index} of {process_count} cannot be.")
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size = {batch_size} must be a positive multiple of the "
-            f"{process_count} processes."
-        )
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed = {seed} must be 0 to {2**32 - 1}.")
+    _check_sizes(source, batch_size, seed, processes=(process_index, process_count))
     if repeats < 1 or workers < 0:
         raise ValueError(
             f"repeats = {repeats} must be at least 1, workers = {workers} at least 0."
-        )
-    if len(source) < batch_size:
-        raise ValueError(
-            f"batch_size = {batch_size} but {source.name} has {len(source)} images: "
-            "choose a smaller batch."
         )
     share, threads = batch_size // process_count, _threads()
     drawn = draws.examples(
@@ -246,6 +232,27 @@ def train_batches(
         num_threads=threads, prefetch_buffer_size=ahead
     )
     return joined(stacks.to_iter_dataset(options))
+
+
+def _check_sizes(
+    source: Source, batch_size: int, seed: int, *, processes: tuple[int, int]
+) -> None:
+    """Raises ValueError unless `processes`, index and count, can draw such batches."""
+    process_index, process_count = processes
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process {process_index} of {process_count} cannot be.")
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size = {batch_size} must be a positive multiple of the "
+            f"{process_count} processes."
+        )
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed = {seed} must be 0 to {2**32 - 1}.")
+    if len(source) < batch_size:
+        raise ValueError(
+            f"batch_size = {batch_size} but {source.name} has {len(source)} images: "
+            "choose a smaller batch."
+        )
 
 
 def _joined(stacks: Sequence[Batch]) -> Batch:

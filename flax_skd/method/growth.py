@@ -114,7 +114,7 @@ def schedule(
     Args:
       epoch: from 0; or a stage, where the list grows at other times.
       progressive: how many epochs (`progressive_epochs`), or stages, grow the list.
-      model_macs: of the full network, ends included.
+      model_macs: of the full network, embedding and head included.
       share: r, of `model_macs`, saved in the end.
 
     Returns:

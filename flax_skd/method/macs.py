@@ -16,8 +16,8 @@ from flax_skd.method.spec import SubnetSpec, ViTSpec
 CONVENTIONS = ("full", "paper")
 
 
-class Cost(NamedTuple):
-    """MACs that depend on the widths and those that do not.
+class Prices(NamedTuple):
+    """What makes up the MACs of an image: what any width has, and what each dim adds.
 
     Attributes:
       embed_and_head: patch embedding, pre-logits, heads, last LayerNorm.
@@ -33,7 +33,7 @@ class Cost(NamedTuple):
     mlp_fixed: int
 
 
-def costs(spec: ViTSpec, convention: str = "full") -> Cost:
+def prices(spec: ViTSpec, *, convention: str = "full") -> Prices:
     """The six numbers every count is a sum of.
 
     Raises:
@@ -47,13 +47,13 @@ def costs(spec: ViTSpec, convention: str = "full") -> Cost:
     ends = patches * patch * d + d * spec.pre_logits + _head_kernels(spec)
     if convention == "full":
         pair = 2 * n * d * h + n * n * h  # two projections and one N x N product
-        return Cost(ends, qk=pair, vo=pair, mlp=2 * n * d, attn_fixed=0, mlp_fixed=0)
+        return Prices(ends, qk=pair, vo=pair, mlp=2 * n * d, attn_fixed=0, mlp_fixed=0)
     norm = 2 * d
     last = 1 + spec.distilled if spec.fc_norm else n  # what the last LayerNorm sees
     norms = last * norm + spec.pre_norm * n * norm
     ends += patches * d + spec.pre_logits + heads + norms
     bias = n * h * spec.qkv_bias
-    return Cost(
+    return Prices(
         ends,
         qk=2 * n * d * h + 2 * bias,
         vo=2 * n * d * h + bias,
@@ -80,18 +80,19 @@ def macs(
       convention: `full` or `paper`.
 
     Returns:
-      A count of the whole network, ends included, as `macs.readable` prints it.
+      A count of the whole network, embedding and head included; `macs.readable` is
+      for printing it.
 
     Raises:
       ValueError: if the convention is unknown, or the widths do not fit `spec`.
     """
-    cost = costs(spec, convention)
-    return cost.embed_and_head + sum(
-        qk * cost.qk
-        + vo * cost.vo
-        + mlp * cost.mlp
-        + bool(vo) * cost.attn_fixed
-        + bool(mlp) * cost.mlp_fixed
+    price = prices(spec, convention=convention)
+    return price.embed_and_head + sum(
+        qk * price.qk
+        + vo * price.vo
+        + mlp * price.mlp
+        + bool(vo) * price.attn_fixed
+        + bool(mlp) * price.mlp_fixed
         for qk, vo, mlp in zip(*_known(spec, widths))
     )
 
@@ -135,7 +136,7 @@ def param_count(spec: ViTSpec, widths: SubnetSpec | None = None) -> int:
 
 def branch_fraction(spec: ViTSpec, widths: SubnetSpec) -> float:
     """Block MACs of a sub-network over those of the full one, `full` convention."""
-    ends = costs(spec).embed_and_head
+    ends = prices(spec).embed_and_head
     return (macs(spec, widths) - ends) / (macs(spec) - ends)
 
 

@@ -141,10 +141,10 @@ def macs_share(spec: ViTSpec, widths: SubnetSpec) -> jax.Array:
     Returns:
       [...]; for logs and for drawing, the exact count is `macs.macs`.
     """
-    cost, full = macs.costs(spec), macs.macs(spec)
-    share = jnp.float32(cost.embed_and_head / full)
-    for field, price in zip(widths, (cost.qk, cost.vo, cost.mlp)):
-        share = share + field.sum(-1).astype(jnp.float32) * (price / full)
+    price, full = macs.prices(spec), macs.macs(spec)
+    share = jnp.float32(price.embed_and_head / full)
+    for field, each in zip(widths, (price.qk, price.vo, price.mlp)):
+        share = share + field.sum(-1).astype(jnp.float32) * (each / full)
     return share
 
 

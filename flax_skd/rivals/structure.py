@@ -105,10 +105,10 @@ def bottom(norms: Array, cut: Array) -> tuple[Array, Array, Array]:
 
 def prices(spec: ViTSpec) -> tuple[float, np.ndarray]:
     """Shares of all MACs: of what is never cut, and of each branch of a block, [2]."""
-    cost, full = macs.costs(spec), macs.macs(spec)
-    attn = (cost.qk + cost.vo) * spec.head_dim / full
-    of_branch = np.array([attn, cost.mlp * spec.mlp_dim / full], np.float32)
-    return cost.embed_and_head / full, of_branch
+    price, full = macs.prices(spec), macs.macs(spec)
+    attn = (price.qk + price.vo) * spec.head_dim / full
+    of_branch = np.array([attn, price.mlp * spec.mlp_dim / full], np.float32)
+    return price.embed_and_head / full, of_branch
 
 
 def expected_share(spec: ViTSpec, cut: Array, gates: Array) -> Array:

@@ -129,7 +129,7 @@ def _train(path: pathlib.Path, program: str, name: str, *, fast, seed, start="")
 def _sweep(networks: dict, supernet: Supernet, batches: data.EvalBatches):
     """Rows of uniform cuts of every criterion, and of the levels PIAD learnt."""
     spec, model = supernet.spec, ViT(supernet.spec)
-    ends, full = macs.costs(spec).embed_and_head, macs.macs(spec)
+    ends, full = macs.prices(spec).embed_and_head, macs.macs(spec)
     uniform = [evaluate.fixed_cut(spec, "all", share) for share in EIGHTHS]
     levels, learnt = supernet.dropout_list, []
     smallest = macs.macs(spec, levels.widths(int(levels.levels), spec))
@@ -170,7 +170,7 @@ def contracted(trained: Supernet) -> dict[str, Supernet]:
 def _half_size(supernet: Supernet, target: pathlib.Path, images: np.ndarray):
     """Extracts at half the block MACs; largest logit difference after a reload."""
     spec = supernet.spec
-    ends, full = macs.costs(spec).embed_and_head, macs.macs(spec)
+    ends, full = macs.prices(spec).embed_and_head, macs.macs(spec)
     half = (ends + full) // 2
     small, level = commands.subnet_within(supernet, cost=macs.macs, limit=half)
     facts = {"level": level, "supernet": supernet.provenance}

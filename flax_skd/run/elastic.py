@@ -118,8 +118,8 @@ def random_branches(spec: ViTSpec, *, rate: float = 0.2) -> CutOf:
 
 def _prices(spec: ViTSpec, sizes: dict[str, np.ndarray]) -> Array:
     """Shares of all MACs of the units, attention of every block first, flat."""
-    cost, full = macs.costs(spec), macs.macs(spec)
-    of_dim = {"attn": (cost.qk + cost.vo) / full, "mlp": cost.mlp / full}
+    price, full = macs.prices(spec), macs.macs(spec)
+    of_dim = {"attn": (price.qk + price.vo) / full, "mlp": price.mlp / full}
     each = [np.tile(of_dim[name] * sizes[name], spec.depth) for name in sizes]
     return jnp.array(np.concatenate(each), jnp.float32)
 

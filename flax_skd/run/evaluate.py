@@ -117,7 +117,9 @@ def score_sums(
     )
 
 
-def _logits(model: ViT, params: Params, images: Array) -> Array:
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(model: ViT, params: Params, images: Array) -> Array:
+    """What a model makes of a batch, as it is; compiled once for a model and a shape."""
     return model.apply({"params": params}, images)
 
 
@@ -131,8 +133,7 @@ def float32_logits(spec: ViTSpec, params: Params, images: Array) -> Array:
         return ViT(spec).apply({"params": params}, images)
 
 
-# Compiled once for a model and a shape, however often a run evaluates.
-_jitted_logits = jax.jit(_logits, static_argnums=0)
+# Compiled once too, however often a run evaluates.
 _jitted_sums = jax.jit(score_sums, static_argnums=0)
 
 
@@ -164,7 +165,7 @@ def evaluate(
     traced = [w and subnet.as_data(w) for w in widths]
     totals = None
     for batch in batches:
-        full = _jitted_logits(model, params, batch["image"])
+        full = logits_of(model, params, batch["image"])
         sums = []
         for w in traced:
             # Waited for: progress is what is done, and no two programs that meet over

@@ -14,6 +14,7 @@ from flax_skd.method import compensation, costs, losses, recalibration, subnet
 from flax_skd.method.spec import SubnetSpec
 from flax_skd.method.statistics import collect
 from flax_skd.method.vit import Array, Params, ViT
+from flax_skd.run import evaluate
 
 _LOG = logging.getLogger(__name__)
 Batches = Iterable[dict[str, Any]]
@@ -193,18 +194,13 @@ def _divergences(
     """Mean divergence of each cut network from the full one, each image read once."""
     totals, images = dict.fromkeys(found, 0.0), 0.0
     for batch in batches:
-        want = _outputs(model, full, batch["image"])
+        want = evaluate.logits_of(model, full, batch["image"])
         for name, params in found.items():
             totals[name] += float(_divergence(model, want, params, masks, batch))
         images += float(np.asarray(batch["weight"]).sum())
     if not images:
         raise ValueError("no images to choose by: hold some out.")
     return {name: total / images for name, total in totals.items()}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _outputs(model, full, images):
-    return model.apply({"params": full}, images)
 
 
 @functools.partial(jax.jit, static_argnums=0)
