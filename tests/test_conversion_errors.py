@@ -87,6 +87,7 @@ def test_missing_surplus_and_wrong_keys_are_listed_together(weights, timm_tensor
         ("MAPHead_0/probe", "attention-pooling"),
         ("blocks.0.attns.0.qkv.weight", "parallel"),
         ("blocks.0.attn.relative_position_bias_table", "relative position"),
+        ("blocks.0.attn.rel_pos.mlp.fc1.weight", "relative position"),
         ("patch_embed.backbone.stem.conv.weight", "conv stem"),
         ("conv_root/kernel", "conv stem"),
     ],
@@ -94,6 +95,16 @@ def test_missing_surplus_and_wrong_keys_are_listed_together(weights, timm_tensor
 def test_other_architectures_are_refused_by_name(weights, timm_tensors, key, what):
     save_file(timm_tensors | {key: np.ones(8, np.float32)}, weights)
     with pytest.raises(ConversionError, match=f"{what}.*{key.split('/')[0]}"):
+        read_timm(weights)
+
+
+def test_a_network_without_a_position_table_is_told_what_it_may_be(
+    weights, timm_tensors
+):
+    """Of rotary positions a file may hold nothing (timm's DINOv3)."""
+    del timm_tensors["pos_embed"]
+    save_file(timm_tensors, weights)
+    with pytest.raises(ConversionError, match=r"missing: pos_embed \(rotary"):
         read_timm(weights)
 
 

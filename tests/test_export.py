@@ -108,7 +108,7 @@ def test_the_bridge_turns_the_plain_module_into_nnx(ragged, tmp_path):
     small, images, want = ragged
     flax_attention.write(tmp_path / "flax", small)
     labels = ("plain_vit", "flax", "flax, plain nnx")
-    names = export_page.run(*labels, folder=tmp_path, images=images, nnx=nnx)
+    names = export_page.run(*labels, folder=tmp_path, images=images)
     close(names["logits"], want)
 
 

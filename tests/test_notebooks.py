@@ -18,7 +18,7 @@ import plain_code
 import pytest
 from PIL import Image
 
-from flax_skd.io import conversion
+from flax_skd.io import checkpoint, conversion
 from flax_skd.method import vit
 from flax_skd.method.spec import ViTSpec
 
@@ -190,19 +190,22 @@ def test_the_quickstart_runs_and_wpac_beats_plain_cuts(tmp_path):
     wpac, plain = map(float, top1[0])
     assert wpac > plain
     assert "MACs, (64, 10)" in printed and len(pictures) == 1
+    assert float(re.search(r"changed by at most (\S+)", printed)[1]) < 1e-4
+    assert checkpoint.load_subnet(tmp_path / "small").spec.num_classes == 10
 
 
 def test_train_piad_runs_and_draws_the_list_it_grew(tmp_path):
     printed, pictures = outputs("train_piad", tmp_path)
     assert "ema_smallest_top1" in printed
     rows = re.findall(r"\| all +\| (\S+) +\| (piad|wpac alone) ", printed)
-    assert len(rows) == 6
+    assert len(rows) == 8
     assert min(float(kept) for kept, _ in rows) < 0.5
     assert len(pictures) == 2
 
 
 def test_export_and_deploy_runs_and_every_format_agrees(tmp_path):
-    printed, _ = outputs("export_and_deploy", tmp_path)
+    printed, pictures = outputs("export_and_deploy", tmp_path)
+    assert len(pictures) == 1
     differences = ast.literal_eval(re.search(r"{'safetensors'.*}", printed)[0])
     assert set(differences) == {"safetensors", "nnx", "jax_export"}
     assert max(differences.values()) < 1e-5

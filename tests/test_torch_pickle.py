@@ -89,6 +89,14 @@ def test_a_file_without_a_state_dict_says_so(path, top):
         torch_pickle.load(write(path, top))
 
 
+def test_a_state_dict_under_a_name_of_ones_own_is_found_by_it(path):
+    inner = mapping({"w": tensor("0", 6, (6,), (1,))})
+    write(path, mapping({"net": inner, "epoch": number(3)}), SIX)
+    with pytest.raises(TorchFileError, match=r"'net', 'epoch'.*model\.entry=NAME"):
+        torch_pickle.load(path)
+    assert list(torch_pickle.load(path, entry="net")) == ["w"]
+
+
 class _Harmful:
     def __init__(self, function, argument):
         self.call = function, (argument,)

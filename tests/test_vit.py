@@ -182,6 +182,18 @@ def test_repeated_is_a_broadcast_whose_gradient_is_the_sum():
     np.testing.assert_allclose(back(weights)[0], weights.sum(0), rtol=1e-5, atol=1e-6)
 
 
+def test_an_empty_batch_has_no_logits_and_no_gradient(spec, params, batch):
+    """The last batch of a host may be empty, in a loop of one's own."""
+
+    def total(params):
+        logits = ViT(spec).apply({"params": params}, batch["image"][:0])
+        assert logits.shape == (0, spec.num_classes)
+        return logits.sum()
+
+    gradient = jax.jit(jax.grad(total))(params)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
 def test_attention_survives_scores_that_overflow_exp():
     q = jnp.full((1, 1, 3, 2), 100.0)
     v = jnp.arange(6.0).reshape(1, 1, 3, 2)

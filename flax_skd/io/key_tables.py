@@ -244,7 +244,7 @@ REFUSED = (
     (re.compile(r"(^|[./])(attn_pool|MAPHead_\d+)[./]"), "an attention-pooling head"),
     (re.compile(r"\.(attns|ffns)\.\d+\."), "parallel blocks"),
     (
-        re.compile(r"relative_position_bias|rel_pos_(bias|h|w)"),
+        re.compile(r"relative_position_bias|rel_pos(\.|_bias|_h|_w)"),
         "relative position biases",
     ),
     (re.compile(r"attn\.(q_bias|v_bias)$"), "separate query and value biases"),

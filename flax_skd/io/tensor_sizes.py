@@ -23,6 +23,7 @@ from flax_skd.io.tensor_layout import QKV_BIAS, layout, raise_listed
 from flax_skd.io.weight_files import ConversionError
 
 _MAX_DEPTH = 1000
+_HINTS = {"pos_embed": " (rotary or relative positions are not supported)"}
 _QKV_HEADS = {HEADS_LAST: slice(1, 3), HEADS_FIRST: slice(0, 2), HEADS_BIAS: slice(2)}
 
 
@@ -225,10 +226,10 @@ def _check(found: Flattened, paths: dict[str, str], sizes: dict[str, int]):
                 line = f"{path} {list(shape)}, the other tensors say {list(want)}"
                 wrong.setdefault(found.keys[path], line)
     there = {path for path in paths if path in found.flat}
-    missing = dict.fromkeys(_file_key(p, found) for p in paths if p not in there)
+    lacks = {_file_key(p, found): _HINTS.get(p, "") for p in paths if p not in there}
     beyond = dict.fromkeys(found.keys[p] for p in found.flat if p not in there)
     raise_listed(
-        [k for k in missing if k not in wrong],
+        [f"{key}{hint}" for key, hint in lacks.items() if key not in wrong],
         [*found.surplus, *beyond],
         [f"{key}: {line}" for key, line in wrong.items()],
     )

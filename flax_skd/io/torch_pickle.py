@@ -277,6 +277,7 @@ def _state_dict(saved: Any, entry: str | None) -> dict[str, np.ndarray]:
     if strange or not saved or not all(type(k) is str for k in saved):
         raise TorchFileError(
             "it holds no state dict: expected tensors by name, at the top or under "
-            f"one of {', '.join(_ENTRIES)}; not tensors: {strange[:8]}."
+            f"one of {', '.join(_ENTRIES)}; not tensors: {strange[:8]}. Under another "
+            "name, give it by entry= (--config.model.entry=NAME)."
         )
     return saved

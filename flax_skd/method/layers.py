@@ -237,7 +237,8 @@ def repeated(x: Array, count: int) -> Array:
 
 def _repeated_backward(count: int, kept: None, g: Array) -> tuple[Array]:
     def product(g):
-        return (jnp.ones(count, g.dtype) @ g.reshape(count, -1)).reshape(g.shape[1:])
+        rows = g.reshape(count, math.prod(g.shape[1:]))  # -1 would refuse a count of 0
+        return (jnp.ones(count, g.dtype) @ rows).reshape(g.shape[1:])
 
     def total(g):
         return g.sum(0)
