@@ -93,7 +93,7 @@ def recalibrated(
         found |= _heads_corrected(model, network.params, found, masks, batches)
     kl = _divergences(model, network.params, found, masks, held_out)
     chosen = min(kl, key=kl.__getitem__)
-    told = ", ".join(f"{name} {value:.4f}" for name, value in kl.items())
+    told = ", ".join(f"{name} {value:z.4f}" for name, value in kl.items())
     _LOG.info("recalibration, KL on images held out: %s; chosen: %s", told, chosen)
     return Recalibrated(jax.device_get(found[chosen]), kl, chosen)
 

@@ -32,7 +32,7 @@ def _cell(name: str, value: Any) -> str:
         return macs.readable(value)
     if name in ("top1", "top5", "agreement"):
         return f"{value:.1f}"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{value:z.3f}" if isinstance(value, float) else str(value)  # no -0.000
 
 
 def table(rows: Rows) -> str:
