@@ -359,6 +359,15 @@ def test_a_sub_network_without_a_block_is_cut_again(spec, params):
         subnet.extract(want, SubnetSpec((1, 1, 1), (1, 1, 1), (1, 1, 1)))
 
 
+@pytest.mark.parametrize("kind", [list, np.array, jnp.array])
+def test_widths_of_a_json_or_an_array_make_the_module_that_tuples_make(spec, kind):
+    widths = SubnetSpec((6, 3, 0), (6, 2, 0), (40, 0, 7))
+    model = ViT(spec, SubnetSpec(*map(kind, widths)))
+    assert model == ViT(spec, widths) and hash(model) == hash(ViT(spec, widths))
+    with pytest.raises(ValueError, match="qk_dim = 99 in block 1"):
+        ViT(spec, SubnetSpec(*map(kind, widths._replace(qk_dim=(6, 99, 0)))))
+
+
 def test_integers_that_are_no_pixels_are_refused(spec, params, batch):
     images = np.zeros(batch["image"].shape, np.int32)
     with pytest.raises(ValueError, match="images are int32: give pixels as uint8"):

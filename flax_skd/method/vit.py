@@ -79,10 +79,8 @@ class Block(nn.Module):
         return x
 
     def _attn(self, x: Array, masks: BlockMasks, tap) -> Array:
-        heads = _Heads(
-            self.spec, self.qk_dim, self.vo_dim, self.dtype, self.attention, name="attn"
-        )
-        return heads(x, masks, tap)
+        sizes = self.qk_dim, self.vo_dim, self.dtype, self.attention
+        return _Heads(self.spec, *sizes, name="attn")(x, masks, tap)
 
     def _mlp(self, x: Array, masks: BlockMasks, tap) -> Array:
         return _MLP(self.spec, self.mlp_dim, self.dtype, name="mlp")(x, masks, tap)
@@ -158,6 +156,9 @@ class ViT(nn.Module):
         and logits are float32 in both.
       attention: function (q, k, v, scale) -> mixed values, of `method.attention`.
       remat: recompute each block in the backward pass instead of storing it.
+
+    Raises:
+      ValueError: if the widths do not fit `spec`; the message names the block.
     """
 
     spec: ViTSpec
@@ -165,6 +166,11 @@ class ViT(nn.Module):
     dtype: Any = jnp.float32
     attention: Callable[..., Array] = fastest_attention
     remat: bool = False
+
+    def __post_init__(self):
+        if self.widths is not None:  # tuples: with lists or arrays it has no hash
+            self.widths = SubnetSpec(*self.widths).check(self.spec)
+        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -198,12 +204,10 @@ class ViT(nn.Module):
             )
         x = self._embed(normalise(images, spec))
         widths = SubnetSpec.full(spec) if self.widths is None else self.widths
-        widths = SubnetSpec(*widths).check(spec)
         block_type = nn.remat(Block) if self.remat and taps is None else Block
         for i, sizes in enumerate(zip(*widths)):
-            block = block_type(
-                spec, i, *sizes, self.dtype, self.attention, name=f"block_{i}"
-            )
+            sizes = (*sizes, self.dtype, self.attention)
+            block = block_type(spec, i, *sizes, name=f"block_{i}")
             x = block(x, masks[i] if masks else None, taps)
         return self._head(x, taps or (lambda block, name, feature: feature))
 
@@ -258,9 +262,8 @@ class ViT(nn.Module):
             pooled = [norm(p) for p in pooled]
         if spec.pre_logits:
             shape = (spec.width, spec.pre_logits)
-            pooled[0] = jnp.tanh(
-                Linear("bd,de->be", shape, name="pre_logits")(pooled[0])
-            )
+            layer = Linear("bd,de->be", shape, name="pre_logits")
+            pooled[0] = jnp.tanh(layer(pooled[0]))
         if spec.num_classes:
             pooled = [
                 Linear(
@@ -289,8 +292,6 @@ def init(spec: ViTSpec, rng: Array, *, widths: SubnetSpec | None = None) -> Para
       ValueError: if the widths do not fit `spec`; the message names the block.
     """
     images = jnp.zeros((1, spec.image_size, spec.image_size, spec.in_channels))
-    if widths is not None:
-        widths = SubnetSpec(*widths).check(spec)  # hashable
     return _init(ViT(spec, widths), rng, images)
 
 
