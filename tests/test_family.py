@@ -230,6 +230,7 @@ def test_a_budget_in_time_goes_by_the_profile_and_its_lanes(supernet, profile, b
     [
         ({}, "give one of level, macs, params, latency_ms, images_per_s; got none"),
         ({"level": 1, "macs": 0.5}, r"got \['level', 'macs'\]"),
+        ({"level": 1.0}, "level = 1.0 must be a whole number"),
         ({"level": 4}, r"level 4 does not exist: choose 0 \(full\) to 3"),
         ({"macs": 0.0}, "macs = 0.0 must be above 0"),
         ({"params": float("nan")}, "params = nan must be above 0"),

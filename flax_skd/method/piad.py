@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_skd.method import macs
-from flax_skd.method.spec import SubnetSpec, ViTSpec
+from flax_skd.method.spec import SubnetSpec, ViTSpec, whole
 
 
 class DropoutList(NamedTuple):
@@ -36,8 +36,9 @@ class DropoutList(NamedTuple):
         """The widths at a level as static tuples.
 
         Raises:
-          ValueError: if there is no such level.
+          ValueError: if there is no such level, or it is no whole number.
         """
+        level = whole("level", level)
         if not 0 <= level <= int(self.levels):
             raise ValueError(
                 f"level {level} does not exist: choose 0 (full) to {int(self.levels)}."

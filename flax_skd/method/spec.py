@@ -95,7 +95,7 @@ class ViTSpec:
     def __post_init__(self):
         put = functools.partial(object.__setattr__, self)  # the class is frozen
         for name in _COUNTS:
-            put(name, _whole(name, getattr(self, name)))
+            put(name, whole(name, getattr(self, name)))
         if not self.head_dim:
             if self.num_heads < 1 or self.width % self.num_heads:
                 raise ValueError(
@@ -203,10 +203,10 @@ class ViTSpec:
         return cls(image_size, int(patch), *_SIZES[size], num_classes)
 
 
-def _whole(name: str, value: Any) -> int:
+def whole(name: str, value: Any) -> int:
     """An int of any integer; what is not whole would be cut off in silence."""
     try:
-        return operator.index(value)
+        return int(operator.index(value))
     except TypeError as error:
         raise ValueError(f"{name} = {value!r} must be a whole number.") from error
 
@@ -271,7 +271,7 @@ class SubnetSpec(NamedTuple):
     def static(self) -> "SubnetSpec":
         """These as tuples of ints; ValueError for what is not whole."""
         fields = self.of_blocks()._asdict().items()
-        return SubnetSpec(*(tuple(_whole(k, w) for w in field) for k, field in fields))
+        return SubnetSpec(*(tuple(whole(k, w) for w in field) for k, field in fields))
 
     def check(self, spec: ViTSpec) -> "SubnetSpec":
         """Returns these widths as tuples of ints.
