@@ -244,10 +244,9 @@ def _evaluator(
     images = feed.OnMesh(batches, mesh)
 
     def evaluator(state):
-        extra = jax.device_get(state.extra)
+        whole = sharding.gathered(state.extra, mesh)  # repairs may be cut over hosts
+        extra, repairs = jax.device_get(whole), getattr(whole, "compensation", None)
         sizes = program.sizes(extra)
-        repairs = getattr(state.extra, "compensation", None)
-        repairs = repairs and sharding.gathered(repairs, mesh)
         for name, params in (("raw", state.params), ("ema", state.ema)):
             params = program.network(sharding.gathered(params, mesh), extra)
             found = evaluate.evaluate(
