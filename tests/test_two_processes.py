@@ -131,7 +131,7 @@ def test_what_two_processes_must_share_is_refused_by_both(found, what, words):
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    """Folders of three commands by one process and by two, and what the two said."""
+    """Folders of four commands by one process and by two, and what the two said."""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     mesh = functools.partial(sharding.mesh, {"data": 1}, devices=jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
@@ -167,6 +167,23 @@ def test_contract_and_sweep_by_two_processes_give_the_table_of_one(commands):
         assert a["kl"] == pytest.approx(b["kl"], rel=0.01, abs=1e-6)
 
 
+def test_repaired_piad_cut_over_two_processes_grows_and_scores_as_that_of_one(commands):
+    one, two, _ = commands
+    want, got = (checkpoint.load_supernet(f / "piad/network") for f in (one, two))
+    assert want.compensation is not None and got.compensation is not None
+    assert int(want.dropout_list.levels) > 3
+    for a, b in zip(want.dropout_list, got.dropout_list, strict=True):
+        np.testing.assert_array_equal(a, b)
+    # Not by parameters: eigenvectors of eigenvalues that are nearly one are not the same.
+    want, got = (
+        json.loads((f / "piad/log.jsonl").read_text().splitlines()[-1])
+        for f in (one, two)
+    )
+    assert sorted(got) == sorted(want) and "raw_smallest_top1" in want
+    for name in want:
+        assert got[name] == pytest.approx(want[name], abs=2 * 100 / 450 + 1e-3)
+
+
 def test_only_the_first_process_tells_and_writes(commands):
     _, folder, logs = commands
     assert "wrote" in logs[0] and "step 5/" in logs[0]
@@ -177,7 +194,7 @@ def test_only_the_first_process_tells_and_writes(commands):
         files = sorted(p.name for p in network.iterdir())
         assert files == sorted(checkpoint.SUPERNET_FILES)
     there = {p.name for p in folder.iterdir() if p.suffix != ".log"}
-    assert there == {"train", "wpac", "sweep"}
+    assert there == {"train", "wpac", "sweep", "piad"}
 
 
 def test_two_processes_that_were_told_different_things_say_which(commands):

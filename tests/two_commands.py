@@ -1,4 +1,4 @@
-"""train, contract and sweep by the command line; run on its own, one of two of it."""
+"""train, contract, sweep and PIAD by the command line; run on its own, one of two."""
 
 import os
 import sys
@@ -20,21 +20,29 @@ CONTRACT = [
         "--config.data.batch_size=40",
         "--config.list.levels=4",
     ),
+    "--config.compensation=least_squares",
 ]
 SWEEP = [
     *("sweep", "--config.data.source=digits:test", "--config.data.images=90"),
     *("--config.cuts=mlp,levels", "--config.kept=1/2", "--config.every=2"),
     "--config.data.batch_size=40",
 ]
+# Parameters and what repairs their cuts lie cut over the devices of both processes.
+PIAD = [
+    *("train", "--config=configs/piad.py", "--config.epochs=0.25"),
+    *("--config.data.batch_size=64", "--config.piad.calibration.images=32"),
+    *("--config.mesh.fsdp=4", "--config.weights=raw"),
+]
 
 
 def run(folder, *hosts):
-    """The three commands, one after the other; 0 if all of them end well."""
+    """The four commands, one after the other; 0 if all of them end well."""
     train = [*TRAIN, f"--workdir={folder}/train"]
     contract = [*CONTRACT, f"--config.model.path={folder}/train/network"]
     contract.append(f"--workdir={folder}/wpac")
     sweep = [*SWEEP, f"--workdir={folder}/wpac", f"--out={folder}/sweep"]
-    return max(main.main([*c, *hosts]) for c in (train, contract, sweep))
+    grown = [*PIAD, f"--config.model.path={folder}/wpac", f"--workdir={folder}/piad"]
+    return max(main.main([*c, *hosts]) for c in (train, contract, sweep, grown))
 
 
 def other_commands(folder, index, *hosts):
