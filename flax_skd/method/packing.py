@@ -21,7 +21,13 @@ def cast(compensation: Compensation, dtype: Any) -> Compensation:
 
 def size(compensation: Compensation) -> int:
     """Bytes that `pack` of this takes."""
-    return sum(x.nbytes for x in pack(compensation).values())
+    total = 0
+    for repair in (*compensation.attn, *compensation.mlp):
+        total += repair.mean.nbytes
+        if repair.factor is not None:
+            n = len(repair.factor)
+            total += n * (n + 1) // 2 * repair.factor.dtype.itemsize
+    return total
 
 
 def pack(compensation: Compensation) -> dict[str, np.ndarray]:
